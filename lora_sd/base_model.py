@@ -1,0 +1,156 @@
+"""Load Stable Diffusion into its parts: the embedded base, a diffusers folder, or a hub id."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from huggingface_hub.errors import HFValidationError
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lora_sd.errors import BaseModelError
+
+PROJECT = Path(__file__).resolve().parent.parent
+EMBEDDED = {"tiny-sd": PROJECT / "assets" / "tiny-sd"}
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass
+class BaseModel:
+    """The parts of a Stable Diffusion 1.x or 2.x model, frozen and in evaluation mode.
+
+    `name` is what the user called it. `scheduler` is the one its makers ship, for generation.
+    """
+
+    name: str
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    scheduler: SchedulerMixin
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def prediction_type(self) -> str:
+        """'epsilon' or 'v_prediction': what the UNet was trained to predict."""
+        return str(self.scheduler.config.prediction_type)
+
+    @property
+    def resolution_px(self) -> int:
+        """The side of the pictures that the model was made for, in pixels."""
+        return int(self.unet.config.sample_size * self.vae_factor)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels on the side of one latent."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def noise_schedule(self) -> DDPMScheduler:
+        """The training schedule: adds noise and knows each timestep's signal-to-noise ratio."""
+        return DDPMScheduler.from_config(self.scheduler.config)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """diffusers' pipeline over these same parts, nothing copied."""
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def pick_device() -> torch.device:
+    """The GPU when there is one (CUDA, then Apple's), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name, 'auto' decided by the device: bfloat16 or float16 on a GPU."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            name
+        ]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Load a base model by name and freeze it.
+
+    Args:
+        name: 'tiny-sd', the path of a diffusers folder, or a hub id such as
+            'stable-diffusion-v1-5/stable-diffusion-v1-5'.
+
+    Raises:
+        BaseModelError: not found, damaged, or not a Stable Diffusion 1.x or 2.x text-to-image
+            model.
+    """
+    source = EMBEDDED.get(name, Path(name))
+    local = source.is_dir()
+    if local and not (source / "model_index.json").is_file():
+        raise BaseModelError(
+            f"'{name}' is not a diffusers folder: it holds no model_index.json. Name the folder "
+            f"that does, or use 'tiny-sd'."
+        )
+    if not local and (source.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise BaseModelError(
+            f"There is no base model '{name}': it is neither a diffusers folder nor a hub id. Known "
+            f"names: {', '.join(EMBEDDED)}."
+        )
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(source) if local else name,
+            torch_dtype=dtype,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            use_safetensors=True,
+            local_files_only=local,
+        )
+    except (OSError, ValueError, TypeError, HFValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BaseModelError(f"The base model '{name}' cannot be loaded: {reason}") from error
+    base = BaseModel(
+        name=name,
+        unet=pipeline.unet,
+        text_encoder=pipeline.text_encoder,
+        vae=pipeline.vae,
+        tokenizer=pipeline.tokenizer,
+        scheduler=pipeline.scheduler,
+    )
+    _check(base)
+    for part in (base.unet, base.text_encoder, base.vae):
+        part.requires_grad_(False).eval().to(device)
+    return base
+
+
+def _check(base: BaseModel) -> None:
+    channels, latents = base.unet.config.in_channels, base.vae.config.latent_channels
+    if channels != latents:
+        raise BaseModelError(
+            f"'{base.name}' is not a text-to-image model: its UNet takes {channels} channels and "
+            f"its latents have {latents} (9 means inpainting)."
+        )
+    if base.prediction_type not in PREDICTION_TYPES:
+        raise BaseModelError(
+            f"'{base.name}' predicts '{base.prediction_type}'; only "
+            f"{' and '.join(PREDICTION_TYPES)} can be trained."
+        )

@@ -1,0 +1,304 @@
+"""Every setting once: type, default, range and help.
+
+YAML and command line in, YAML out, and the fields of the app's form. A flag has the name of its
+YAML key: `train: {steps: 400}` is `--train.steps 400`. The command line wins over the file, the
+file over the defaults. Nothing below the front doors sees these classes: `train`, `generate` and
+the rest take plain parameters.
+"""
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from lora_sd.errors import ConfigError
+
+Preset = Literal["attention", "attention-ff", "attention-conv", "full"]
+
+
+class Group(BaseModel):
+    """A named group of settings."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class BaseSettingsGroup(Group):
+    model: str = "tiny-sd"
+    """The Stable Diffusion model to adapt: 'tiny-sd' (ships with the project), the path of a
+    diffusers folder, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the frozen base weights. 'auto': bfloat16 on a GPU that has it, float16 on
+    other GPUs, float32 on the CPU."""
+
+
+class DataGroup(Group):
+    folder: str = "assets/ink-icons"
+    """Folder of training images, each with its caption beside it (fox.png, fox.txt)."""
+    caption: str | None = None
+    """One caption for the images that have no .txt of their own."""
+    resolution_px: int = Field(64, ge=16, le=4096, multiple_of=8)
+    """Side of the square training pictures, in pixels: 64 for tiny-sd, 512 for SD 1.5 and 2.1
+    base, 768 for SD 2.1. The shorter side is scaled to it and the middle cut out."""
+
+
+class AdapterGroup(Group):
+    preset: Preset = "attention-conv"
+    """Which layers are adapted: attention; attention and feed-forward; those and the 3x3
+    convolutions; or every linear and convolution layer."""
+    include: list[str] = []
+    """Patterns of further layers to adapt, by name suffix ('attn2.to_k'), glob ('up_blocks.*') or
+    regular expression ('re:...')."""
+    exclude: list[str] = []
+    """Patterns of layers to leave alone; they win over preset and include."""
+    rank: int = Field(16, ge=1, le=1024)
+    """Inner size of the adapter in linear layers and 1x1 convolutions."""
+    alpha: float = Field(16.0, gt=0, le=4096, allow_inf_nan=False)
+    """Scaling of linear layers is alpha / rank."""
+    conv_rank: int = Field(8, ge=1, le=1024)
+    """Inner size of the adapter in 3x3 convolutions; half the linear rank is usual."""
+    conv_alpha: float = Field(8.0, gt=0, le=4096, allow_inf_nan=False)
+    """Scaling of convolutions is conv_alpha / conv_rank."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How lora_down starts: Kaiming uniform, or Gaussian with deviation 1 / rank. lora_up starts
+    at zero, so that a fresh adapter changes nothing."""
+
+
+class TrainGroup(Group):
+    steps: int = Field(1500, ge=1, le=10_000_000)
+    """Optimizer steps."""
+    batch_size: int = Field(1, ge=1, le=4096)
+    """Pictures in one forward and backward pass, on each device."""
+    gradient_accumulation: int = Field(1, ge=1, le=4096)
+    """Passes that make one optimizer step: the effective batch is batch_size times this, times
+    the number of devices."""
+    learning_rate: float = Field(1e-4, gt=0, le=10, allow_inf_nan=False)
+    """Highest learning rate, reached after the warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after the warm-up: fall to zero along a cosine, or stay."""
+    warmup_steps: int = Field(50, ge=0, le=1_000_000)
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(0.01, ge=0, le=10, allow_inf_nan=False)
+    """AdamW's weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Gradients are scaled down to this total norm."""
+    caption_dropout: float = Field(0.05, ge=0, le=1)
+    """Share of pictures shown with an empty caption, which keeps guidance working."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Precision of the arithmetic. 'auto': what `accelerate launch` was told, otherwise bf16 on a
+    GPU that has it, fp16 on other GPUs, none on the CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: far less memory, about a third more time."""
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    """The same seed, data and settings give the same adapter on the same machine."""
+
+
+class SampleGroup(Group):
+    prompts: list[str] = []
+    """Prompts for the pictures drawn during training and for the grid at the end; none: no
+    pictures."""
+    negative_prompt: str = ""
+    """What the sample pictures should not show."""
+    every_steps: int = Field(250, ge=0)
+    """Draw the sample pictures every so many steps; 0: only the grid at the end."""
+    steps: int = Field(25, ge=1, le=1000)
+    """Denoising steps of a picture."""
+    guidance: float = Field(7.5, ge=0, le=50, allow_inf_nan=False)
+    """How strongly pictures follow the prompt (classifier-free guidance scale)."""
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    """Seed of the first prompt's picture; the next prompt uses the next seed."""
+    scales: list[float] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    """Columns of the grid at the end: adapter scales, 0 being the base alone. None: no grid."""
+
+
+class OutputGroup(Group):
+    folder: str = "outputs"
+    """Where run folders are made."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run's folder. Empty: the config file's name, with a number when that is taken."""
+    save_every_steps: int = Field(250, ge=1)
+    """Save a checkpoint, from which the run can go on, every so many steps."""
+    keep_checkpoints: int = Field(2, ge=2)
+    """Newest checkpoints that are kept; at least two."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Precision of adapter.safetensors."""
+
+    @field_validator("name")
+    @classmethod
+    def _not_a_device(cls, name: str | None) -> str | None:
+        if name and name.split(".")[0].upper() in _WINDOWS_DEVICES:
+            raise ValueError(f"'{name}' is a device name on Windows")
+        return name
+
+
+_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL"} | {
+    f"{port}{n}" for port in ("COM", "LPT") for n in range(10)
+}
+
+
+class Config(BaseSettings):
+    """All settings of a run."""
+
+    model_config = SettingsConfigDict(extra="forbid", validate_default=True)
+
+    base: BaseSettingsGroup = Field(BaseSettingsGroup(), description="the model to adapt")
+    data: DataGroup = Field(DataGroup(), description="the training pictures")
+    adapter: AdapterGroup = Field(AdapterGroup(), description="what is trained")
+    train: TrainGroup = Field(TrainGroup(), description="how it is trained")
+    sample: SampleGroup = Field(SampleGroup(), description="pictures drawn on the way")
+    output: OutputGroup = Field(OutputGroup(), description="what is kept, and where")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: Any, *_: Any, **__: Any
+    ) -> tuple[Any, ...]:
+        return (init_settings,)  # no environment variables: a run is its file and its flags
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included, as YAML that `from_values` reads back."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def config_from_values(values: dict[str, Any]) -> Config:
+    """Check plain values (from YAML, flags or the app's form).
+
+    Raises:
+        ConfigError: all problems at once, each naming the setting.
+    """
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise ConfigError([_sentence(detail) for detail in error.errors()]) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a YAML file, unchecked.
+
+    Raises:
+        ConfigError: no such file, or not a mapping of settings.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(str(found) for found in path.parent.glob("*.yaml"))
+        hint = f" That folder holds {', '.join(near)}." if near else ""
+        raise ConfigError(f"There is no config file '{path}'.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' cannot be read as text: {error}.") from None
+    except yaml.YAMLError as error:
+        where = str(getattr(error, "problem_mark", "")).strip()
+        raise ConfigError(f"'{path}' is not valid YAML: {error.problem or error} {where}") from None  # type: ignore[attr-defined]
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"'{path}' must hold groups of settings such as 'train:', not a list.")
+    return values
+
+
+def parse_command_line(
+    argv: Sequence[str], program: str
+) -> tuple[dict[str, Any], Path | None, Path | None]:
+    """(values, config file, run folder to resume) of a command line.
+
+    `values` are the config file's, overridden by the flags; unchecked, for `config_from_values`.
+
+    Raises:
+        ConfigError: an unknown flag, a flag without its value, or an unreadable config file.
+    """
+    parser = _Parser(
+        prog=program,
+        usage=f"{program} [--config FILE | --resume RUN] [--GROUP.SETTING VALUE ...]",
+        description="Train a LoRA adapter for Stable Diffusion on a folder of images.",
+        epilog="A flag wins over the config file. Lists: repeat the flag, once for each entry.",
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings to start from, e.g. configs/tiny.yaml"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with an interrupted run, e.g. outputs/tiny",
+    )
+    source: CliSettingsSource[_Parser] = CliSettingsSource(
+        Config,
+        root_parser=parser,
+        parse_args_method=_parse_args,
+        formatter_class=argparse.RawTextHelpFormatter,
+        cli_avoid_json=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_parse_args=list(argv),
+    )
+    flags = source()
+    own = parser.parse_args(list(argv))
+    values = read_yaml(own.config) if own.config else {}
+    for group, settings in flags.items():
+        if isinstance(values.setdefault(group, {}), dict):
+            values[group].update(settings)
+    return values, own.config, own.resume
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are ours to phrase: a sentence, with the nearest flag, instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        flags = [flag for flag in unknown if flag.startswith("--")]
+        if flags:
+            known = [f"--{name}" for name in setting_names()]
+            raise ConfigError(
+                [
+                    f"There is no flag '{flag}'.{_nearest(flag.split('=')[0], known)}"
+                    for flag in flags
+                ]
+            )
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}. --help lists the flags.")
+
+
+def _parse_args(parser: _Parser, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:
+    """argparse's result with the entries of text lists quoted: prompts may hold commas."""
+    parsed = argparse.ArgumentParser.parse_args(parser, args, namespace)
+    for name, field in settings():
+        if field.annotation == list[str] and isinstance(
+            entries := getattr(parsed, name, None), list
+        ):
+            setattr(parsed, name, [e if e.startswith("[") else json.dumps(e) for e in entries])
+    return parsed
+
+
+def settings() -> Iterator[tuple[str, FieldInfo]]:
+    """('train.steps', its field) for every setting, in the order they are declared."""
+    for group, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Group)
+        for name, inner in field.annotation.model_fields.items():
+            yield f"{group}.{name}", inner
+
+
+def setting_names() -> list[str]:
+    """Every setting's dotted name."""
+    return [name for name, _ in settings()]
+
+
+def _nearest(wrong: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    """One pydantic error as a sentence that names the setting as a user writes it."""
+    name = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = setting_names() if "." in name else list(Config.model_fields)
+        return f"There is no setting '{name}'.{_nearest(name, known)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"'{name}' is {detail['input']!r}: {message[:1].lower()}{message[1:]}."

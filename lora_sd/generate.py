@@ -1,0 +1,164 @@
+"""Prompts -> images, with adapters merged or live, and a labelled grid of images by scale."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from lora_sd.adapter import Adapter
+from lora_sd.base_model import BaseModel
+from lora_sd.merge import MergedWeights
+
+MOST_IN_A_BATCH = 8
+SMALL_PICTURE_PX = 256
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """Everything that makes a picture again: it is written into the PNG's text."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 7.5
+    width_px: int = 0
+    """0: the base model's own resolution."""
+    height_px: int = 0
+    adapter: str = ""
+    scale: float = 1.0
+
+
+class Cancelled(Exception):
+    """Raised inside `generate` when `on_step` asks for it."""
+
+
+def generate(
+    base: BaseModel,
+    settings: Sequence[PictureSettings],
+    on_step: Callable[[int, int], bool] | None = None,
+) -> list[Image.Image]:
+    """Draw pictures with the base's weights as they are now.
+
+    The noise of a picture comes from its own seed on the CPU, so that a picture does not depend on
+    what is drawn beside it or on which device, but for rounding.
+
+    Args:
+        settings: one for each picture. All must share size, steps and guidance; `adapter` and
+            `scale` are not acted on here.
+        on_step: called with (denoising steps done, steps in all); drawing stops when it returns
+            True.
+
+    Raises:
+        Cancelled: `on_step` asked for it.
+    """
+    pipeline = base.pipeline()
+    device = base.device
+    pictures: list[Image.Image] = []
+    parts = [settings[i : i + MOST_IN_A_BATCH] for i in range(0, len(settings), MOST_IN_A_BATCH)]
+    done = 0
+    total = sum(part[0].steps for part in parts)
+
+    def count(_: object, __: int, ___: object, kwargs: dict[str, object]) -> dict[str, object]:
+        nonlocal done
+        done += 1
+        if on_step and on_step(done, total):
+            raise Cancelled
+        return kwargs
+
+    for part in parts:
+        first = part[0]
+        with torch.no_grad():
+            pictures += pipeline(
+                prompt=[one.prompt for one in part],
+                negative_prompt=[one.negative_prompt for one in part],
+                generator=[torch.Generator("cpu").manual_seed(one.seed) for one in part],
+                num_inference_steps=first.steps,
+                guidance_scale=first.guidance,
+                width=first.width_px or base.resolution_px,
+                height=first.height_px or base.resolution_px,
+                callback_on_step_end=count,
+            ).images
+    assert device == base.device
+    return pictures
+
+
+def generate_at_scales(
+    base: BaseModel,
+    merged: MergedWeights,
+    adapter: Adapter,
+    scales: Sequence[float],
+    settings: Sequence[PictureSettings],
+    on_step: Callable[[int, int], bool] | None = None,
+) -> list[list[Image.Image]]:
+    """The same pictures at several scales: result[i][j] is settings[i] at scales[j].
+
+    The adapter is merged for each scale; at the end the base's weights are back, bit for bit.
+    """
+    columns = []
+    try:
+        for number, scale in enumerate(scales):
+            merged.set([(adapter, scale)])
+
+            def over_all(done: int, total: int, before: int = number) -> bool:
+                return bool(on_step and on_step(before * total + done, len(scales) * total))
+
+            columns.append(generate(base, settings, over_all))
+    finally:
+        merged.set([])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def save_picture(picture: Image.Image, path: Path, settings: PictureSettings) -> None:
+    """Write a PNG with its settings in the text chunk 'lora_sd' (JSON) and the prompt in 'prompt'."""
+    info = PngInfo()
+    info.add_text("lora_sd", json.dumps(asdict(settings)))
+    info.add_text("prompt", settings.prompt)
+    picture.save(path, pnginfo=info)
+
+
+def draw_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+) -> Image.Image:
+    """One picture of all pictures, with labels; small pictures are enlarged so that one sees them."""
+    width, height = rows[0][0].size
+    enlarge = max(1, SMALL_PICTURE_PX // max(width, height) // 2)
+    width, height = width * enlarge, height * enlarge
+    font = ImageFont.load_default(size=max(12, min(24, width // 9)))
+    gap = 6
+    label_px = max(180, int(width * 1.4))
+    top_px = int(font.size * 2)
+    grid = Image.new(
+        "RGB",
+        (label_px + len(column_labels) * (width + gap), top_px + len(rows) * (height + gap)),
+        "white",
+    )
+    draw = ImageDraw.Draw(grid)
+    for column, label in enumerate(column_labels):
+        centre = label_px + column * (width + gap) + width // 2
+        draw.text((centre, top_px // 2), label, "black", font, anchor="mm")
+    for row, (pictures, label) in enumerate(zip(rows, row_labels, strict=True)):
+        top = top_px + row * (height + gap)
+        text = _wrap(label, font, label_px - 2 * gap)
+        draw.multiline_text((gap, top + height // 2), text, "black", font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            large = picture.resize((width, height), Image.Resampling.LANCZOS)
+            grid.paste(large, (label_px + column * (width + gap), top))
+    return grid
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width_px:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+"""Where things are inside outputs/<run>/, and how its records are read and appended.
+
+The trainer writes, the app and other programs only read; they share nothing else.
+
+    config.yaml               everything needed to run it again
+    status.json               state, step, pid and heartbeat (replaced at once)
+    metrics.jsonl             one line a step
+    train.log                 what the terminal showed
+    samples/                  step_000100_00.png ..., settings in the PNG's text
+    checkpoints/step_000100/  full state, to resume bit for bit
+    grid.png                  prompts by scales, at the end
+    adapter.safetensors       the result
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import psutil
+
+from lora_sd import durable
+from lora_sd.errors import RunError
+
+State = Literal["starting", "training", "sampling", "saving", "finished", "stopped", "failed"]
+WORKING: frozenset[str] = frozenset({"starting", "training", "sampling", "saving"})
+STALE_AFTER_S = 30.0
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass
+class Status:
+    """The state of a run as its trainer last wrote it.
+
+    `pid` and `process_started` (seconds since the epoch) together name the trainer's process: a
+    pid alone may have been given to another program since.
+    """
+
+    state: State
+    step: int = 0
+    steps: int = 0
+    message: str = ""
+    pid: int = 0
+    process_started: float = 0.0
+    heartbeat: float = 0.0
+
+    def is_alive(self) -> bool:
+        """Whether the trainer's process is running now."""
+        try:
+            process = psutil.Process(self.pid)
+            return (
+                abs(process.create_time() - self.process_started) < 1.0
+                and process.status() != psutil.STATUS_ZOMBIE
+            )
+        except (psutil.Error, ValueError):
+            return False
+
+    def is_interrupted(self) -> bool:
+        """Whether it says it is at work, but its process is gone."""
+        return self.state in WORKING and not self.is_alive()
+
+    def seconds_silent(self) -> float:
+        """Seconds since the last sign of life."""
+        return max(0.0, time.time() - self.heartbeat)
+
+
+class RunFolder:
+    """Paths and records of one run."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.status_file = self.path / "status.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.log_file = self.path / "train.log"
+        self.samples = self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
+        self.grid_file = self.path / "grid.png"
+        self.adapter_file = self.path / "adapter.safetensors"
+        self.lock_file = self.path / ".lock"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def sample_file(self, step: int, index: int) -> Path:
+        """samples/step_000100_00.png"""
+        return self.samples / f"step_{step:06d}_{index:02d}.png"
+
+    def checkpoint(self, step: int) -> Path:
+        """checkpoints/step_000100"""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def write_status(self, status: Status) -> None:
+        """Replace status.json at once; the writer's pid and the time are filled in.
+
+        Not fsynced, since it is written about every second and worth nothing after a power loss.
+        """
+        status.pid = os.getpid()
+        status.process_started = psutil.Process().create_time()
+        status.heartbeat = time.time()
+        staged = self.status_file.with_name(f".tmp-status-{status.pid}.json")
+        staged.write_text(json.dumps(asdict(status)), encoding="utf-8")
+        os.replace(staged, self.status_file)
+
+    def read_status(self) -> Status | None:
+        """The last status, or None when there is none that can be understood."""
+        try:
+            values = json.loads(self.status_file.read_text(encoding="utf-8"))
+            known = {field.name for field in fields(Status)}
+            status = Status(**{key: value for key, value in values.items() if key in known})
+            if status.state not in get_args(State):
+                return None
+            return Status(
+                status.state,
+                int(status.step),
+                int(status.steps),
+                str(status.message),
+                int(status.pid),
+                float(status.process_started),
+                float(status.heartbeat),
+            )
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a last line that is still being written is left out."""
+        try:
+            text = self.metrics_file.read_text(encoding="utf-8")
+        except OSError:
+            return []
+        return [record for line in text.splitlines() if (record := _record(line)) is not None]
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after `step`, which a resumed run will write again."""
+        kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        durable.write_text(self.metrics_file, lines)
+
+    def sample_files(self) -> list[Path]:
+        """The sample pictures, oldest step first."""
+        return sorted(self.samples.glob("step_*.png"))
+
+    def adapter_files(self) -> list[Path]:
+        """Adapters that can be used now: the result, then the checkpoints', newest first."""
+        saved = sorted(self.checkpoints.glob("step_*/adapter.safetensors"), reverse=True)
+        return ([self.adapter_file] if self.adapter_file.is_file() else []) + saved
+
+
+def create_run(root: Path, name: str | None, default_name: str, config_yaml: str) -> RunFolder:
+    """Make a new run folder with its config.yaml; an existing run is never written over.
+
+    Args:
+        root: the folder of all runs.
+        name: the name asked for; when it is taken, that is an error.
+        default_name: the name otherwise; a number is added when it is taken.
+        config_yaml: text of config.yaml.
+
+    Raises:
+        RunError: the name is taken, or the folder cannot be made.
+    """
+    candidates: Iterator[str]
+    if name:
+        candidates = iter([name])
+    else:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", default_name).strip("-._")[:56] or "run"
+        candidates = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 100_000))
+    for candidate in candidates:
+        run = RunFolder(root / candidate)
+        try:
+            run.path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunError(f"'{run.path}' cannot be made: {error.strerror or error}.") from None
+        run.samples.mkdir()
+        run.checkpoints.mkdir()
+        durable.write_text(run.config_file, config_yaml)
+        return run
+    raise RunError(
+        f"'{root / (name or default_name)}' exists already. Go on with it with --resume "
+        f"'{root / (name or default_name)}', or choose another --output.name."
+    )
+
+
+def list_runs(root: Path) -> list[RunFolder]:
+    """All runs below a folder, the one last written to first."""
+    runs = [RunFolder(path.parent) for path in Path(root).glob("*/config.yaml")]
+
+    def last_written(run: RunFolder) -> float:
+        file = run.status_file if run.status_file.is_file() else run.config_file
+        return file.stat().st_mtime
+
+    return sorted(runs, key=last_written, reverse=True)
+
+
+def open_run(root: Path, name: str) -> RunFolder:
+    """The run of that name below a folder; a path is not accepted as a name.
+
+    Raises:
+        RunError: the name is not a run's name, or there is no such run.
+    """
+    if not NAME_PATTERN.fullmatch(name) or not (root / name / "config.yaml").is_file():
+        raise RunError(f"There is no run '{name}' in '{root}'.")
+    return RunFolder(root / name)
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

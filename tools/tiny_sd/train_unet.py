@@ -1,0 +1,209 @@
+"""Train the base's UNet and text encoder on cached latents of (subject, style, background).
+
+    python tools/tiny_sd/train_unet.py --steps 10000
+
+Needs train_vae.py's result. Run it again with the same arguments after a kill: it goes on from
+its checkpoint. Grids of preview pictures appear under --work while it runs.
+"""
+
+import argparse
+import itertools
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from checkpoints import load_checkpoint, save_checkpoint
+from diffusers import AutoencoderKL
+from models import new_pipeline, new_scheduler, new_text_encoder, new_unet, new_vae
+from PIL import Image
+from render import colour_tensor, composite
+from subjects import BASE_STYLES, COLOURS, STYLES, SUBJECTS, random_caption
+from tokenizer import build_tokenizer
+from torch.nn.functional import mse_loss
+
+EMPTY_CAPTIONS = 0.1  # for classifier-free guidance
+MIN_SNR = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting"
+EMA_DECAY = 0.999
+PREVIEW_PROMPTS = [
+    f"{subject}, {words}{background}"
+    for subject, words, background in itertools.product(
+        ("fox", "red apple", "sailboat", "owl", "hamburger", "rocket", "sunflower", "castle"),
+        ("cartoon icon", "flat icon"),
+        ("", ", blue background", ", yellow background"),
+    )
+]
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, sprites: torch.Tensor) -> torch.Tensor:
+    """Latents of every subject in the base's styles on every background.
+
+    Takes the sprites as train_vae.py caches them, style by style. Returns unscaled means
+    (subjects, styles, colours, 4, 16, 16).
+    """
+    by_style = sprites.unflatten(0, (len(STYLES), len(SUBJECTS)))
+    wanted = by_style[[list(STYLES).index(style) for style in BASE_STYLES]].transpose(0, 1)
+    colours = colour_tensor()
+    latents = []
+    for sprite in wanted.flatten(0, 1):
+        images = composite(sprite.expand(len(colours), -1, -1, -1), colours)
+        latents.append(vae.encode(images).latent_dist.mean)
+    return torch.stack(latents).unflatten(0, wanted.shape[:2])
+
+
+def load_vae(work: Path) -> AutoencoderKL:
+    vae = new_vae().requires_grad_(False).eval()
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=False)["vae"])
+    return vae
+
+
+def save_preview(pipeline, path: Path) -> None:
+    """Pictures of the fixed prompts, six a row, twice enlarged."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, len(PREVIEW_PROMPTS), 24):
+        generators = [torch.Generator().manual_seed(start + i) for i in range(24)]
+        images += pipeline(
+            PREVIEW_PROMPTS[start : start + 24],
+            num_inference_steps=20,
+            guidance_scale=4.0,
+            generator=generators,
+        ).images
+    columns = 12
+    grid = Image.new("RGB", (columns * 128, 128 * math.ceil(len(images) / columns)))
+    for i, image in enumerate(images):
+        grid.paste(image.resize((128, 128), 0), (i % columns * 128, i // columns * 128))
+    grid.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("outputs/tiny-sd-build"))
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every-s", type=float, default=150)
+    parser.add_argument("--preview-every-s", type=float, default=300)
+    args = parser.parse_args()
+
+    # latents, encoded once
+    vae = load_vae(args.work)
+    cache = args.work / "latents.pt"
+    if not cache.exists():
+        save_checkpoint(cache, encode_all(vae, torch.load(args.work / "sprites.pt")["subjects"]))
+    latents = torch.load(cache)
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    latents = latents * vae.config.scaling_factor
+    subjects, colours = list(SUBJECTS), list(COLOURS)
+
+    # models, optimizer, noise schedule
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer = build_tokenizer(args.work / "tokenizer")
+    text_encoder = new_text_encoder(tokenizer)
+    unet = new_unet().to(memory_format=torch.channels_last)
+    trained = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    averaged = {k: v.clone() for k, v in trained.state_dict().items()}
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
+    alphas_cumprod = new_scheduler().alphas_cumprod
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    step = 0
+    if state := load_checkpoint(args.work / "unet.pt"):
+        trained.load_state_dict(state["trained"])
+        averaged = state["averaged"]
+        optimizer.load_state_dict(state["optimizer"])
+        rng.setstate(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        step = state["step"]
+
+    def save() -> None:
+        state = {"trained": trained.state_dict(), "averaged": averaged, "step": step}
+        state |= {"optimizer": optimizer.state_dict(), "scaling": vae.config.scaling_factor}
+        state |= {"rng": rng.getstate(), "torch_rng": torch.get_rng_state()}
+        save_checkpoint(args.work / "unet.pt", state)
+
+    def preview() -> None:
+        current = {k: v.clone() for k, v in trained.state_dict().items()}
+        trained.load_state_dict(averaged)
+        with torch.random.fork_rng():
+            pipeline = new_pipeline(vae, text_encoder, tokenizer, unet)
+            save_preview(pipeline, args.work / f"preview_{step:06d}.png")
+        trained.load_state_dict(current)
+        trained.train()
+
+    # loop
+    started = saved = previewed = time.time()
+    first_step, running_loss = step, None
+    while step < args.steps:
+        lr = args.lr * min(1, (step + 1) / 200)
+        lr *= 0.005 + 0.995 * (1 + math.cos(math.pi * step / args.steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # a batch: latents, captions, noise
+        picks = [
+            (rng.randrange(len(subjects)), rng.randrange(2), rng.randrange(len(colours)))
+            for _ in range(args.batch_size)
+        ]
+        captions = [
+            ""
+            if rng.random() < EMPTY_CAPTIONS
+            else random_caption(rng, subjects[i], BASE_STYLES[j], colours[k])
+            for i, j, k in picks
+        ]
+        clean = torch.stack([latents[pick] for pick in picks])
+        noise = torch.randn_like(clean)
+        # stratified over the batch: the same distribution with less spread in the loss
+        strata = (torch.arange(args.batch_size) + torch.rand(args.batch_size)) / args.batch_size
+        timesteps = (strata * len(snr)).long()
+        signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids  # fmt: skip
+
+        # bfloat16 is faster on a CPU that has it; the last tenth is exact
+        with torch.autocast("cpu", torch.bfloat16, enabled=step < 0.9 * args.steps):
+            text = text_encoder(tokens).last_hidden_state
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+            predicted = unet(noisy, timesteps, text).sample
+        per_image = mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
+        loss = (per_image * (MIN_SNR / snr[timesteps]).clamp(max=1)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        for name, value in trained.state_dict().items():
+            averaged[name].lerp_(value, 1 - decay)
+
+        # records
+        running_loss = loss.item() if running_loss is None else running_loss
+        running_loss += 0.02 * (loss.item() - running_loss)
+        now = time.time()
+        if step % 50 == 0:
+            speed = (step - first_step) * args.batch_size / (now - started)
+            print(
+                f"step {step}/{args.steps} loss {running_loss:.4f} mse {per_image.mean():.4f} "
+                f"lr {lr:.2e} {speed:.0f} images/s",
+                flush=True,
+            )
+        if now - saved > args.save_every_s:
+            save()
+            saved = now
+        if now - previewed > args.preview_every_s:
+            preview()
+            previewed = now
+    save()
+    preview()
+
+
+if __name__ == "__main__":
+    main()
