@@ -1,5 +1,6 @@
 """Load Stable Diffusion into its parts: the embedded base, a diffusers folder, or a hub id."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import HFValidationError
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from lora_sd.errors import BaseModelError
 
@@ -53,6 +56,40 @@ class BaseModel:
     def vae_factor(self) -> int:
         """Pixels on the side of one latent."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def size_multiple(self) -> int:
+        """Pictures' sides must be multiples of this many pixels."""
+        return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def kohya_version(self) -> str:
+        """What kohya's `ss_base_model_version` says: 'sd_v1', 'sd_v2', 'sd_v2_v', or the name of
+        a model that is neither."""
+        width = self.unet.config.cross_attention_dim
+        if width == 768:
+            return "sd_v1"
+        if width == 1024:
+            return "sd_v2_v" if self.prediction_type == "v_prediction" else "sd_v2"
+        return Path(self.name).name
+
+    @property
+    def architecture(self) -> str:
+        """`modelspec.architecture` of the base, or '' for a model that has none."""
+        return {
+            "sd_v1": "stable-diffusion-v1",
+            "sd_v2": "stable-diffusion-v2-512",
+            "sd_v2_v": "stable-diffusion-v2-768-v",
+        }.get(self.kohya_version, "")
+
+    def fingerprint(self) -> str:
+        """Changes with the base's weights: a hash over the start of every tensor it trains on."""
+        digest = hashlib.sha256()
+        for part in (self.unet, self.text_encoder, self.vae):
+            for name, tensor in part.state_dict().items():
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.flatten()[:16].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def noise_schedule(self) -> DDPMScheduler:
         """The training schedule: adds noise and knows each timestep's signal-to-noise ratio."""
@@ -112,13 +149,15 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> Base
         )
     if not local and (source.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise BaseModelError(
-            f"There is no base model '{name}': it is neither a diffusers folder nor a hub id. Known "
+            f"There is no base model '{name}': it is no diffusers folder and no hub id. Known "
             f"names: {', '.join(EMBEDDED)}."
         )
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(source) if local else name,
-            torch_dtype=dtype,
+            dtype=dtype,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

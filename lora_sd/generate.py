@@ -57,7 +57,6 @@ def generate(
         Cancelled: `on_step` asked for it.
     """
     pipeline = base.pipeline()
-    device = base.device
     pictures: list[Image.Image] = []
     parts = [settings[i : i + MOST_IN_A_BATCH] for i in range(0, len(settings), MOST_IN_A_BATCH)]
     done = 0
@@ -83,7 +82,6 @@ def generate(
                 height=first.height_px or base.resolution_px,
                 callback_on_step_end=count,
             ).images
-    assert device == base.device
     return pictures
 
 
@@ -114,7 +112,7 @@ def generate_at_scales(
 
 
 def save_picture(picture: Image.Image, path: Path, settings: PictureSettings) -> None:
-    """Write a PNG with its settings in the text chunk 'lora_sd' (JSON) and the prompt in 'prompt'."""
+    """Write a PNG with its settings (text chunk 'lora_sd', JSON) and its prompt ('prompt')."""
     info = PngInfo()
     info.add_text("lora_sd", json.dumps(asdict(settings)))
     info.add_text("prompt", settings.prompt)
@@ -126,14 +124,15 @@ def draw_grid(
     row_labels: Sequence[str],
     column_labels: Sequence[str],
 ) -> Image.Image:
-    """One picture of all pictures, with labels; small pictures are enlarged so that one sees them."""
+    """One picture of all pictures, with labels; small pictures are enlarged."""
     width, height = rows[0][0].size
     enlarge = max(1, SMALL_PICTURE_PX // max(width, height) // 2)
     width, height = width * enlarge, height * enlarge
-    font = ImageFont.load_default(size=max(12, min(24, width // 9)))
+    font_px = max(12, min(24, width // 9))
+    font = ImageFont.load_default(font_px)
     gap = 6
     label_px = max(180, int(width * 1.4))
-    top_px = int(font.size * 2)
+    top_px = font_px * 2
     grid = Image.new(
         "RGB",
         (label_px + len(column_labels) * (width + gap), top_px + len(rows) * (height + gap)),
@@ -153,7 +152,7 @@ def draw_grid(
     return grid
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

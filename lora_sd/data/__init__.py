@@ -1,0 +1,1 @@
+"""A folder of images with captions -> cached latents and text embeddings."""

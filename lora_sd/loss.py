@@ -1,0 +1,36 @@
+"""What the UNet is asked to predict, and how far off it is: pure functions of tensors."""
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def add_noise(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """The latents (batch, channels, height, width) as they are at timesteps (batch).
+
+    Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equation 4.
+    """
+    return schedule.add_noise(latents, noise, timesteps)
+
+
+def prediction_target(
+    schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
+    """The noise for an epsilon model, the velocity for a v-prediction model.
+
+    Velocity: Salimans and Ho 2022, "Progressive Distillation", section 4.
+    """
+    if schedule.config.prediction_type == "v_prediction":
+        return schedule.get_velocity(latents, noise, timesteps)
+    return noise
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample (batch), in float32."""
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+
+def random_timestep(schedule: DDPMScheduler, generator: torch.Generator) -> int:
+    """A timestep, every one equally likely."""
+    return int(torch.randint(schedule.config.num_train_timesteps, (), generator=generator))

@@ -1,0 +1,24 @@
+"""Every random number of a run, as a function of the seed and of where it is used.
+
+Nothing draws from the global generator, so that a run which is interrupted and resumed, or spread
+over several processes, draws the same numbers: all its random state is the step it is at.
+"""
+
+import hashlib
+
+import torch
+
+
+def generator(seed: int, *place: str | int) -> torch.Generator:
+    """A CPU generator of its own for one place, such as ('noise', step, slot)."""
+    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def picture_at(position: int, pictures: int, seed: int) -> int:
+    """Which picture is seen at a position of the endless stream of shuffled epochs.
+
+    Each picture is seen once in an epoch; batches may span two epochs, so that none is dropped.
+    """
+    epoch, place = divmod(position, pictures)
+    return int(torch.randperm(pictures, generator=generator(seed, "epoch", epoch))[place])

@@ -1,0 +1,227 @@
+"""The trainer: only adapters learn, nothing is lost, and a resumed run is the same run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import PROJECT
+
+from lora_sd import train as trainer
+from lora_sd.config import config_from_values
+from lora_sd.errors import EXIT_RESUMABLE, RunError, UserError
+from lora_sd.formats import load_adapter
+from lora_sd.inject import layer_shapes
+from lora_sd.run_folder import RunFolder
+
+Settings = dict[str, dict]
+
+
+def train(settings: Settings) -> RunFolder:
+    """Train in this process; the run's folder."""
+    assert trainer.train(config_from_values(settings), "run") == 0
+    return RunFolder(Path(settings["output"]["folder"]) / (settings["output"]["name"] or "run"))
+
+
+def resume(run: RunFolder) -> int:
+    return trainer.main(["--resume", str(run.path)])
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [record["loss"] for record in run.read_metrics()]
+
+
+def test_a_run_leaves_what_the_folder_promises(run_settings, base):
+    run_settings["sample"] = {"prompts": ["a red wall"], "steps": 2, "every_steps": 3}
+    run = train(run_settings)
+    assert run.read_status().state == "finished"
+    assert [record["step"] for record in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert [file.name for file in run.sample_files()] == [
+        "step_000000_00.png",
+        "step_000003_00.png",
+    ]
+    assert run.grid_file.is_file()
+    assert [folder.name for folder in sorted(run.checkpoints.iterdir())] == [
+        "step_000004",
+        "step_000006",
+    ]
+    assert "Adapted layers" in run.log_file.read_text()
+    adapter = load_adapter(run.adapter_file, layer_shapes(base.unet))
+    assert all(layer.up.abs().max() > 0 for layer in adapter.layers.values())
+
+
+def test_config_yaml_runs_the_same_run_again(run_settings):
+    first = train(run_settings)
+    again = yaml.safe_load(first.config_file.read_text())
+    again["output"]["name"] = "again"
+    second = train(again)
+    assert losses(second) == losses(first)
+
+
+def test_the_same_seed_gives_the_same_file(run_settings):
+    first = train(run_settings).adapter_file.read_bytes()
+    run_settings["output"]["folder"] += "-again"
+    assert train(run_settings).adapter_file.read_bytes()[-2000:] == first[-2000:]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_a_stopped_and_resumed_run_is_the_same_run(run_settings, monkeypatch, stop_after):
+    run_settings["train"]["gradient_accumulation"] = 2
+    straight = train(run_settings)
+    run_settings["output"]["name"] = "stopped"
+    stop_at(monkeypatch, stop_after)
+    assert trainer.train(config_from_values(run_settings), "run") == EXIT_RESUMABLE
+    run = RunFolder(straight.path.with_name("stopped"))
+    assert run.read_status().state == "stopped"
+    monkeypatch.undo()
+    assert resume(run) == 0
+    assert losses(run) == losses(straight)
+    assert tensors(run, 6) == tensors(straight, 6)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Make the trainer see a stop request after `step` steps."""
+    append = RunFolder.append_metrics
+
+    def append_and_stop(self: RunFolder, values: dict) -> None:
+        append(self, values)
+        if values["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunFolder, "append_metrics", append_and_stop)
+
+
+def tensors(run: RunFolder, step: int) -> dict[str, list[float]]:
+    """Adapter and optimizer of a checkpoint as plain numbers."""
+    from safetensors.torch import load_file
+
+    state = torch.load(run.checkpoint(step) / "optimizer.pt", weights_only=True)
+    found = {
+        k: v.flatten().tolist()
+        for k, v in load_file(run.checkpoint(step) / "adapter.safetensors").items()
+    }
+    for index, values in state["optimizer"]["state"].items():
+        found |= {f"{index}.{key}": value.flatten().tolist() for key, value in values.items()}
+    return found
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "adapter.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over_and_made_again(run_settings, file, damage):
+    run = train(run_settings)
+    expected = tensors(run, 6)
+    run.adapter_file.unlink()
+    broken = run.checkpoint(6) / file
+    data = bytearray(broken.read_bytes())
+    data[len(data) // 2] ^= 128
+    broken.unlink()
+    if damage != "missing":
+        broken.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    assert resume(run) == 0
+    assert "passed over" in run.log_file.read_text()
+    assert tensors(run, 6) == expected
+
+
+def test_all_checkpoints_damaged_is_an_error_and_nothing_is_deleted(run_settings):
+    run = train(run_settings)
+    run.adapter_file.unlink()
+    for folder in run.checkpoints.iterdir():
+        (folder / "optimizer.pt").write_bytes(b"")
+    before = sorted(run.path.rglob("*"))
+    with pytest.raises(RunError, match="No checkpoint"):
+        resume(run)
+    assert [f for f in before if not f.exists()] == []
+
+
+def test_accumulation_and_batch_give_the_same_losses(run_settings):
+    run_settings["train"]["batch_size"] = 4
+    whole = train(run_settings)
+    run_settings["train"] |= {"batch_size": 1, "gradient_accumulation": 4}
+    run_settings["output"]["name"] = "accumulated"
+    parts = train(run_settings)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_a_finished_run_is_left_alone(run_settings):
+    run = train(run_settings)
+    before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*.safetensors")}
+    assert resume(run) == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_changed_pictures_stop_a_resume(run_settings):
+    run = train(run_settings)
+    (Path(run_settings["data"]["folder"]) / "0.txt").write_text("something else")
+    with pytest.raises(RunError, match="captions have changed"):
+        resume(run)
+
+
+def test_a_taken_name_is_refused_before_anything_is_written(run_settings):
+    run = train(run_settings)
+    before = run.status_file.read_bytes()
+    with pytest.raises(RunError, match="exists already"):
+        train(run_settings)
+    assert run.status_file.read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_settings, monkeypatch):
+    monkeypatch.setattr(
+        trainer.loss, "squared_error", lambda prediction, target: prediction.mean() * torch.nan
+    )
+    with pytest.raises(RunError, match="loss became nan at step 1"):
+        train(run_settings)
+    run = RunFolder(Path(run_settings["output"]["folder"]) / "run")
+    assert run.read_status().state == "failed" and not run.adapter_file.exists()
+
+
+def test_user_errors_end_with_status_2_and_sentences(run_settings, tmp_path):
+    run_settings["data"]["folder"] = str(tmp_path / "nowhere")
+    file = tmp_path / "bad.yaml"
+    file.write_text(yaml.safe_dump(run_settings))
+    done = subprocess.run(
+        [sys.executable, "train_sd_lora.py", "--config", str(file)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "nowhere' does not exist" in done.stderr and "Traceback" not in done.stderr
+    assert not Path(run_settings["output"]["folder"]).exists()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(run_settings, tmp_path):
+    run_settings["train"]["steps"] = 100_000
+    file = tmp_path / "long.yaml"
+    file.write_text(yaml.safe_dump(run_settings))
+    process = subprocess.Popen(
+        [sys.executable, "train_sd_lora.py", "--config", str(file)],
+        cwd=PROJECT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = RunFolder(Path(run_settings["output"]["folder"]) / "run")
+    deadline = time.monotonic() + 60
+    while len(run.read_metrics()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == EXIT_RESUMABLE
+    assert f"--resume {run.path}" in errors
+    assert run.checkpoint(run.read_status().step).is_dir()
+
+
+def test_every_shipped_config_is_valid():
+    for file in sorted((PROJECT / "configs").rglob("*.yaml")):
+        config_from_values(yaml.safe_load(file.read_text()))
+
+
+def test_problems_are_all_told_at_once(run_settings):
+    run_settings["train"] |= {"steps": 0, "learning_rat": 1}
+    with pytest.raises(UserError) as caught:
+        config_from_values(run_settings)
+    assert len(caught.value.problems) == 2 and "learning_rate" in str(caught.value)
