@@ -8,7 +8,6 @@ the rest take plain parameters.
 
 import argparse
 import difflib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -232,7 +231,7 @@ def parse_command_line(
     source: CliSettingsSource[_Parser] = CliSettingsSource(
         Config,
         root_parser=parser,
-        parse_args_method=_parse_args,
+        parse_args_method=_without_text_lists,
         formatter_class=argparse.RawTextHelpFormatter,
         cli_avoid_json=True,
         cli_implicit_flags=True,
@@ -240,12 +239,17 @@ def parse_command_line(
         cli_parse_args=list(argv),
     )
     flags = source()
-    own = parser.parse_args(list(argv))
-    values = read_yaml(own.config) if own.config else {}
-    for group, settings in flags.items():
+    plain = vars(parser.parse_args(list(argv)))
+    for name in _text_lists():
+        if plain.get(name):
+            group, _, setting = name.partition(".")
+            flags.setdefault(group, {})[setting] = plain[name]
+    config_file, resume = plain["config"], plain["resume"]
+    values = read_yaml(config_file) if config_file else {}
+    for group, given in flags.items():
         if isinstance(values.setdefault(group, {}), dict):
-            values[group].update(settings)
-    return values, own.config, own.resume
+            values[group].update(given)
+    return values, config_file, resume
 
 
 class _Parser(argparse.ArgumentParser):
@@ -265,14 +269,19 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. --help lists the flags.")
 
 
-def _parse_args(parser: _Parser, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:
-    """argparse's result with the entries of text lists quoted: prompts may hold commas."""
+def _text_lists() -> list[str]:
+    """Settings that are lists of texts. An entry may hold commas, quotes and brackets, as prompts
+    do, and pydantic-settings splits entries at commas: these are taken from argparse directly."""
+    return [name for name, field in settings() if field.annotation == list[str]]
+
+
+def _without_text_lists(
+    parser: _Parser, args: Sequence[str], namespace: Any = None
+) -> argparse.Namespace:
     parsed = argparse.ArgumentParser.parse_args(parser, args, namespace)
-    for name, field in settings():
-        if field.annotation == list[str] and isinstance(
-            entries := getattr(parsed, name, None), list
-        ):
-            setattr(parsed, name, [e if e.startswith("[") else json.dumps(e) for e in entries])
+    for name in _text_lists():
+        if hasattr(parsed, name):
+            delattr(parsed, name)
     return parsed
 
 

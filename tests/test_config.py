@@ -1,0 +1,90 @@
+"""Settings: YAML and flags in, YAML out, every problem in one go."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import PROJECT
+
+from lora_sd.config import Config, config_from_values, parse_command_line, settings
+from lora_sd.errors import ConfigError
+
+
+def parse(*argv):
+    values, _, _ = parse_command_line(argv, "train_sd_lora.py")
+    return config_from_values(values)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {steps: 7, batch_size: 3}")
+    config = parse("--config", str(file), "--train.steps", "9")
+    assert (config.train.steps, config.train.batch_size) == (9, 3)
+    assert config.train.learning_rate == Config().train.learning_rate
+
+
+def test_prompts_may_hold_commas_and_come_one_a_flag():
+    config = parse("--sample.prompts", "fox, ink drawing", "--sample.prompts", 'a "b", c')
+    assert config.sample.prompts == ["fox, ink drawing", 'a "b", c']
+
+
+def test_yaml_out_reads_back_the_same():
+    config = parse("--train.learning_rate", "3e-4", "--adapter.exclude", "*.attn1.*")
+    assert config_from_values(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--train.stps", "4"], "Did you mean '--train.steps'"),
+        (["--train.steps"], "expected one argument"),
+        (["--train.steps", "many"], "'train.steps' is 'many'"),
+        (["--train.steps", "0"], "'train.steps' is '0'.*greater than or equal to 1"),
+        (["--train.learning_rate", "nan"], "finite"),
+        (["--data.resolution_px", "100"], "multiple of 8"),
+        (["--output.name", "../x"], "'output.name'"),
+        (["--output.name", "con"], "device name"),
+        (["--config", "nowhere.yaml"], "There is no config file 'nowhere.yaml'"),
+    ],
+)
+def test_a_wrong_flag_is_a_sentence(argv, said):
+    with pytest.raises(ConfigError, match=said):
+        parse(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {learning_rat: 1}", "Did you mean 'train.learning_rate'"),
+        ("trian: {steps: 1}", "There is no setting 'trian'. Did you mean 'train'"),
+        ("train: 3", "'train' is 3"),
+        ("- a list", "must hold groups"),
+        ("train: {", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_a_sentence(tmp_path, text, said):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        parse("--config", str(file))
+
+
+def test_a_file_that_is_not_text_is_a_sentence(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00\x80\x81")
+    with pytest.raises(ConfigError, match="cannot be read as text"):
+        parse("--config", str(tmp_path / "c.yaml"))
+
+
+def test_every_setting_has_a_sentence_of_help():
+    assert [name for name, field in settings() if len(field.description or "") < 15] == []
+
+
+def test_help_comes_at_once_and_names_every_flag():
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "train_sd_lora.py", "--help"], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and time.monotonic() - started < 5
+    assert [name for name, _ in settings() if f"--{name}" not in done.stdout] == []
