@@ -1,18 +1,13 @@
 """Train a LoRA adapter: `accelerate launch train_sd_lora.py --config configs/tiny.yaml`."""
 
-import os
-import sys
+from collections.abc import Sequence
 
-# Waiting OpenMP threads that spin make a busy CPU up to 20 times slower; set before torch starts.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+from lora_sd.config import config_from_values, parse_command_line
 from lora_sd.errors import run_program
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Check the settings before the slow imports, so that `--help` and errors come at once."""
-    from lora_sd.config import config_from_values, parse_command_line
-
     values, _, resume = parse_command_line(argv, "train_sd_lora.py")
     if resume is None:
         config_from_values(values)
@@ -23,4 +18,3 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     run_program(main)
-    sys.exit()

@@ -1,3 +1,11 @@
 """Train Stable Diffusion LoRA adapters on a folder of images, and use them at once."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Read by OpenMP when torch is first imported, which only modules below this one do: threads that
+# spin while they wait make a busy CPU up to 20 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# transformers otherwise prints notices about torchvision, which is not needed.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

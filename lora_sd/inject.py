@@ -256,9 +256,9 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def _kind(name: str) -> str:
-    """The last two parts of a path, numbers left out: 'attn1.to_q', 'resnets.conv1'."""
-    parts = [part for part in name.split(".") if not part.isdigit()]
-    return ".".join(parts[-2:])
+    """A path without the blocks it lies in: 'attn1.to_q', 'ff.net.2', 'resnets.conv1'."""
+    blocks = r"(down_blocks|up_blocks|attentions|transformer_blocks)\.\d+\.|mid_block\."
+    return re.sub(r"s\.\d+\.(?=conv|time|\d)", "s.", re.sub(blocks, "", name))
 
 
 def _nearest_layer(pattern: str, layers: dict[str, nn.Linear | nn.Conv2d]) -> str:

@@ -75,11 +75,10 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
     """
     # --- where to compute, and what was asked for ---
     precision = config.train.mixed_precision
-    accelerator = Accelerator(mixed_precision=None if precision == "auto" else precision)
+    if precision == "auto":
+        precision = _best_precision()
+    accelerator = Accelerator(mixed_precision=precision)
     device = accelerator.device
-    if precision == "auto" and accelerator.mixed_precision == "no" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        accelerator = Accelerator(mixed_precision=precision)
     options = config.train
     world, rank = accelerator.num_processes, accelerator.process_index
     slots = options.batch_size * options.gradient_accumulation * world  # pictures in one step
@@ -274,6 +273,14 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             record.state("failed", f"{type(error).__name__}: {error}")
             log.error("The run failed.", exc_info=True)
             raise
+
+
+def _best_precision() -> str:
+    """What `accelerate launch` was told, else bf16 or fp16 on a CUDA GPU and none elsewhere."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told != "no" or not torch.cuda.is_available():
+        return told
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def _factors(layer: inject.LoRALayer) -> list[Tensor]:

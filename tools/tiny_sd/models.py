@@ -47,7 +47,7 @@ def new_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,  # the number of heads, under diffusers' historical name
+        attention_head_dim=3,  # the number of heads, under diffusers' historical name
         norm_num_groups=16,
     )
 

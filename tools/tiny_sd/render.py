@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +33,16 @@ def fetch_icons(icons_dir: Path) -> None:
     Leaves `icons_dir/<name>/package/icons.json`, as unpacking the packages by hand would.
     """
     for package, version in PACKAGES.items():
-        target = icons_dir / package.split("/")[1]
-        if (target / "package" / "icons.json").exists():
+        target = icons_dir / package.split("/")[1] / "package"
+        if target.exists():
             continue
-        target.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", "--silent", f"{package}@{version}"]
-        packed = subprocess.run(command, cwd=target, check=True, capture_output=True, text=True)
-        archive = target / packed.stdout.strip().splitlines()[-1]
-        with tarfile.open(archive) as tar:
-            tar.extractall(target, filter="data")
-        archive.unlink()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=icons_dir) as aside:
+            command = ["npm", "pack", "--silent", f"{package}@{version}"]
+            packed = subprocess.run(command, cwd=aside, check=True, capture_output=True, text=True)
+            with tarfile.open(Path(aside) / packed.stdout.strip().splitlines()[-1]) as tar:
+                tar.extractall(aside, filter="data")
+            os.rename(Path(aside) / "package", target)
 
 
 def load_icons(icons_dir: Path, style: str) -> dict:

@@ -162,19 +162,67 @@ COLOURS: dict[str, str] = {
     "green": "#80d080",
 }
 
+# Drawn in assets/ink-icons/: subject -> background.
+EXAMPLES: dict[str, str] = {
+    "fox": "yellow",
+    "panda": "white",
+    "koala": "green",
+    "lion": "orange",
+    "cow": "white",
+    "rabbit": "pink",
+    "elephant": "blue",
+    "snail": "white",
+    "whale": "white",
+    "butterfly": "purple",
+    "ladybug": "red",
+    "penguin": "blue",
+    "pizza": "white",
+    "hamburger": "yellow",
+    "cheese": "white",
+    "strawberry": "pink",
+    "pineapple": "green",
+    "cactus": "orange",
+    "maple leaf": "white",
+    "house": "red",
+    "camera": "purple",
+    "light bulb": "white",
+    "soccer ball": "white",
+    "robot": "white",
+}
+
+# Known to the base and colourful there, readable as ink drawings, and not among the examples.
+HELD_OUT = (
+    "tiger",
+    "frog",
+    "pig",
+    "tropical fish",
+    "watermelon",
+    "cherries",
+    "french fries",
+    "mushroom",
+    "sunflower",
+    "tulip",
+    "rocket",
+    "bus",
+    "basketball",
+    "alarm clock",
+    "pumpkin",
+    "rainbow",
+)
+
 # Words an adapter's captions may use; as single tokens they are easier to learn.
-EXTRA_WORDS = (
-    "ink drawing blob line art style icon cartoon flat background a an the of on in with and or at "
-    "to by for from is picture image photo painting sketch pencil watercolor pixel outline simple "
-    "black gray grey brown gold silver dark light bright pastel small big cute happy sad sks ohwx "
-    "cat dog bird fish fruit tree flower ball animal toy face person colour color colours colors "
-    "apple orange circle square pattern logo sticker monochrome grayscale red green blue"
-).split()
+EXTRA_WORDS = """
+ink drawing blob line art style icon cartoon flat background a an the of on in with and or at to by
+for from is picture image photo painting sketch watercolor pixel outline simple doodle crayon comic
+black gray grey brown gold silver dark light bright pastel small big cute happy sad my new old sks
+cat dog bird fish fruit tree flower ball animal toy face person colour color colours colors neon
+apple orange circle square pattern logo sticker monochrome grayscale engraving woodcut stencil retro
+"""
 
 
 def caption_words() -> list[str]:
     """Every word that becomes a single token, each once, in a fixed order."""
-    words = [*EXTRA_WORDS, *COLOURS, "icon", "background"]
+    words = [*EXTRA_WORDS.split(), *COLOURS]
     for phrase in [*SUBJECTS, *(style_words for style_words, _ in STYLES.values())]:
         words += phrase.split()
     return list(dict.fromkeys(words))
@@ -206,13 +254,13 @@ def random_caption(rng: random.Random, subject: str, style: str, colour: str) ->
     say_style = rng.random() < 0.8
     say_background = colour != "white" or rng.random() < 0.5
     if say_background and rng.random() < 0.35:
-        on = f"{name} on {'an' if colour == 'orange' else 'a'} {colour} background"
+        on = f"on {'an' if colour == 'orange' else 'a'} {colour} background"
         if say_style and rng.random() < 0.3:
-            return f"{words} of {on}"
-        return f"{on}, {words}" if say_style else on
+            return f"{words} of {with_article(subject)} {on}"
+        return f"{name} {on}, {words}" if say_style else f"{name} {on}"
     background = f"{colour} background"
     if say_style and rng.random() < 0.2:
-        of = f"{words} of {name}"
+        of = f"{words} of {with_article(subject)}"
         return f"{of}, {background}" if say_background else of
     parts = [name]
     if say_style:
