@@ -1,0 +1,167 @@
+"""What a run tells while it works (status, metrics, log, bar), and how it is asked to stop."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from lora_sd.errors import RunError, UserError
+from lora_sd.run_folder import RunFolder, State, Status
+
+log = logging.getLogger("lora_sd")
+HEARTBEAT_S = 1.0
+LOG_EVERY_S = 20.0
+
+
+class StopRequest:
+    """Becomes `requested` at the first SIGINT or SIGTERM; the second one ends the program."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, _: object) -> None:
+        self.requested = True
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        text = "\nStopping after this step and saving. Once more to leave at once.\n"
+        os.write(sys.stderr.fileno(), text.encode())
+
+
+class RunRecord:
+    """Writes status.json, metrics.jsonl, train.log and the progress bar of one run.
+
+    As a context manager it holds the run's lock, so that one trainer writes to a folder at a time,
+    and records how the run ended when an exception ends it.
+
+    Args:
+        is_main: whether this is the process that writes; the others keep still.
+
+    Raises:
+        RunError: on entering: another trainer is at work in the folder.
+    """
+
+    def __init__(self, run: RunFolder, steps: int, is_main: bool) -> None:
+        self._run, self._steps, self._is_main = run, steps, is_main
+        self._lock = FileLock(run.lock_file)
+        self._status = Status("starting", 0, steps)
+        self._handlers: list[logging.Handler] = []
+        self._bar: tqdm | None = None
+        self._written = self._logged = self._started = 0.0
+        self._first_step = 0
+
+    def __enter__(self) -> "RunRecord":
+        if self._is_main:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                status = self._run.read_status()
+                who = f"process {status.pid}" if status else "another process"
+                raise RunError(f"'{self._run.path}' is being trained by {who} now.") from None
+            file = logging.FileHandler(self._run.log_file, encoding="utf-8")
+            file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            self._handlers = [_AboveTheBar(), file]
+        log.setLevel(logging.INFO if self._is_main else logging.CRITICAL)
+        log.propagate = False
+        for handler in self._handlers:
+            log.addHandler(handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if isinstance(error, UserError):
+            self.state("failed", " ".join(error.problems))
+        elif error is not None:
+            log.error("The run failed.", exc_info=error)
+            self.state("failed", f"{type(error).__name__}: {error}")
+        for handler in self._handlers:
+            log.removeHandler(handler)
+            handler.close()
+        self._lock.release()
+
+    def state(self, state: State, message: str = "", step: int | None = None) -> None:
+        """Enter a state, and say so at once."""
+        self._status.state, self._status.message = state, message
+        if step is not None:
+            self._status.step = step
+        self._write()
+
+    @contextlib.contextmanager
+    def during(self, state: State, message: str) -> Iterator[None]:
+        """Be in a state for a while, then in the one before."""
+        before = self._status.state, self._status.message
+        self.state(state, message)
+        yield
+        self.state(*before)
+
+    def beat(self) -> None:
+        """A sign of life, at most one a second."""
+        if time.monotonic() - self._written >= HEARTBEAT_S:
+            self._write()
+
+    def training_from(self, step: int) -> None:
+        """The loop begins: show the bar, start the clock."""
+        self._started, self._first_step = time.monotonic(), step
+        self._bar = tqdm(
+            total=self._steps,
+            initial=step,
+            unit="step",
+            disable=not self._is_main,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+        self.state("training", "", step)
+
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, images: int) -> None:
+        """One step is done: a line of metrics, the bar, now and then a line in the log.
+
+        Args:
+            images: pictures in this step.
+        """
+        if not self._is_main or self._bar is None:
+            return
+        now = time.monotonic()
+        seconds = now - self._started
+        images_per_s = images * (step - self._first_step) / max(seconds, 1e-9)
+        self._run.append_metrics(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "images_per_s": round(images_per_s, 3),
+                "seconds": round(seconds, 3),
+            }
+        )
+        self._status.step = step
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
+        self._bar.update()
+        if now - self._logged >= LOG_EVERY_S or step == self._steps:
+            self._logged = now
+            left = seconds / (step - self._first_step) * (self._steps - step)
+            text = "step %d/%d, loss %.4f, %.1f images/s, %.0f s left"
+            log.info(text, step, self._steps, loss, images_per_s, left)
+        self.beat()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        if self._is_main:
+            self._run.write_status(self._status)
+
+
+class _AboveTheBar(logging.Handler):
+    """Log lines on the terminal, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
