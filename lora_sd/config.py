@@ -65,6 +65,9 @@ class AdapterGroup(Group):
     """Inner size of the adapter in 3x3 convolutions; half the linear rank is usual."""
     conv_alpha: float = Field(8.0, gt=0, le=4096, allow_inf_nan=False)
     """Scaling of convolutions is conv_alpha / conv_rank."""
+    clamp_ranks: bool = False
+    """Give a layer that is too small for the rank the largest it allows (conv_out of Stable
+    Diffusion allows 4), and say so, instead of refusing to start."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How lora_down starts: Kaiming uniform, or Gaussian with deviation 1 / rank. lora_up starts
     at zero, so that a fresh adapter changes nothing."""

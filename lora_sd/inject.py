@@ -70,10 +70,12 @@ def choose_layers(
     conv_alpha: float,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    clamp_ranks: bool = False,
 ) -> list[LayerPlan]:
     """The layers that a preset and patterns name, in the model's order.
 
-    A convolution with a kernel above 1 x 1 gets `conv_rank` and `conv_alpha`.
+    A convolution with a kernel above 1 x 1 gets `conv_rank` and `conv_alpha`. A rank above a
+    layer's limit is an error, or with `clamp_ranks` becomes the limit; the scaling stays.
 
     Raises:
         ConfigError: a pattern that matches nothing, nothing chosen at all, or ranks above a
@@ -93,9 +95,12 @@ def choose_layers(
             continue
         is_conv = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
         layer_rank, layer_alpha = (conv_rank, conv_alpha) if is_conv else (rank, alpha)
-        if layer_rank > rank_limit(layer):
+        limit = rank_limit(layer)
+        if layer_rank > limit and clamp_ranks:
+            layer_rank, layer_alpha = limit, layer_alpha * limit / layer_rank
+        if layer_rank > limit:
             setting = "adapter.conv_rank" if is_conv else "adapter.rank"
-            too_large.append((setting, layer_rank, rank_limit(layer), name))
+            too_large.append((setting, layer_rank, limit, name))
         out_size, in_size = layer.weight.flatten(1).shape
         plans.append(
             LayerPlan(name, layer_rank, layer_alpha, is_conv, layer_rank * (in_size + out_size))
@@ -106,7 +111,8 @@ def choose_layers(
         names = [entry[3] for entry in entries if entry[2] == limit]
         problems.append(
             f"'{setting}' is {entries[0][1]}, but {shown_list(names, 2)} "
-            f"{'allow' if len(names) > 1 else 'allows'} at most {limit}. Set it to {limit} or less."
+            f"{'allow' if len(names) > 1 else 'allows'} at most {limit}. Set it to {limit} or "
+            f"less, exclude the layer, or set adapter.clamp_ranks."
         )
     if not plans and not problems:
         problems.append("'adapter.exclude' leaves no layer to train.")

@@ -8,7 +8,8 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet
+from conftest import PROJECT, make_unet
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from test_inject import choose, randomise
@@ -17,6 +18,7 @@ from lora_sd import inject
 from lora_sd.durable import sha256_bytes
 from lora_sd.errors import AdapterError
 from lora_sd.formats import load_adapter, save_adapter
+from lora_sd.formats.kohya import key_of
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.merge import MergedWeights
 
@@ -70,6 +72,14 @@ def test_metadata_is_kohya_s_and_the_hash_is_that_of_the_tensors(file):
     assert metadata["ss_network_module"] == "networks.lora"
     assert metadata["ss_network_dim"] == "2"
     assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "3", "conv_alpha": "1"}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21"])
+def test_the_keys_of_every_layer_are_those_of_lycoris(family):
+    known = json.loads((PROJECT / "tests" / "data" / "kohya_keys.json").read_text())[family]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(known["unet"])
+    assert sorted(map(key_of, inject.layer_shapes(unet))) == known["lycoris_full"]
 
 
 @pytest.mark.parametrize("preset", ["attention", "attention-conv", "full"])

@@ -65,6 +65,13 @@ def test_a_rank_above_the_limit_names_layer_and_limit(unet):
         choose(unet, rank=9)
 
 
+def test_a_rank_above_the_limit_is_clamped_when_asked_and_shown(unet):
+    plans = choose(unet, "full", conv_rank=64, conv_alpha=32, clamp_ranks=True)
+    conv_out = next(plan for plan in plans if plan.name == "conv_out")
+    assert (conv_out.rank, conv_out.alpha) == (4, 2)
+    assert "1 x conv_out                 rank 4    alpha 2" in inject.describe(plans)
+
+
 def test_everything_excluded_is_an_error(unet):
     with pytest.raises(ConfigError, match="leaves no layer"):
         choose(unet, exclude=["*"])

@@ -225,3 +225,44 @@ def test_problems_are_all_told_at_once(run_settings):
     with pytest.raises(UserError) as caught:
         config_from_values(run_settings)
     assert len(caught.value.problems) == 2 and "learning_rate" in str(caught.value)
+
+
+def test_kill_9_loses_at_most_the_work_since_the_last_save(run_settings, tmp_path):
+    run_settings["train"]["steps"] = 40
+    straight = train(run_settings)
+    run_settings["output"]["name"] = "killed"
+    run = RunFolder(straight.path.with_name("killed"))
+    file = tmp_path / "long.yaml"
+    file.write_text(yaml.safe_dump(run_settings))
+    arguments = ["--config", str(file)]
+    for steps_before_the_kill in (5, 17, 28):
+        process = subprocess.Popen(
+            [sys.executable, "train_sd_lora.py", *arguments], cwd=PROJECT, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while len(run.read_metrics()) < steps_before_the_kill and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        assert run.read_status().is_interrupted()
+        saved = max(int(folder.name[5:]) for folder in run.checkpoints.glob("step_*"))
+        assert saved >= run.read_metrics()[-1]["step"] - 2
+        arguments = ["--resume", str(run.path)]
+    assert resume(run) == 0
+    assert losses(run) == losses(straight)
+    assert tensors(run, 40) == tensors(straight, 40)
+    assert list(run.checkpoints.glob(".tmp-*")) == []
+
+
+def test_a_second_trainer_is_told_that_the_folder_is_taken(run_settings, monkeypatch):
+    told = []
+
+    def resume_meanwhile(self: RunFolder, values: dict) -> None:
+        if not told:
+            with pytest.raises(RunError) as caught:
+                resume(self)
+            told.append(str(caught.value))
+
+    monkeypatch.setattr(RunFolder, "append_metrics", resume_meanwhile)
+    train(run_settings)
+    assert f"is being trained by process {os.getpid()}" in told[0]
