@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lora_sd.errors import BaseModelError
+from lora_sd.errors import BaseModelError, ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
 EMBEDDED = {"tiny-sd": PROJECT / "assets" / "tiny-sd"}
@@ -57,10 +57,13 @@ class BaseModel:
         """Pixels on the side of one latent."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    @property
-    def size_multiple(self) -> int:
-        """Pictures' sides must be multiples of this many pixels."""
-        return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+    def check_size(self, side_px: int) -> None:
+        """Raises ConfigError when pictures of that side do not fit the UNet's halvings."""
+        multiple = self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+        if side_px % multiple:
+            raise ConfigError(
+                f"'data.resolution_px' is {side_px}; '{self.name}' wants a multiple of {multiple}."
+            )
 
     @property
     def kohya_version(self) -> str:

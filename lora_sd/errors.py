@@ -5,7 +5,8 @@ status 2, the app shows them beside the form. Anything else that is raised is a 
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: stopped on request, everything saved, can go on
@@ -37,6 +38,26 @@ class AdapterError(UserError):
 
 class RunError(UserError):
     """A run folder cannot be used: it is taken, locked, damaged or does not exist."""
+
+
+class Problems:
+    """Gathers the problems of several checks, so that they are told together."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep a UserError raised inside for later."""
+        try:
+            yield
+        except UserError as error:
+            self._found += error.problems
+
+    def tell(self) -> None:
+        """Raises UserError when any problem was gathered."""
+        if self._found:
+            raise UserError(self._found)
 
 
 def shown_list(names: Sequence[str], most: int = 5) -> str:

@@ -23,7 +23,7 @@ from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
 from lora_sd.config import Config, config_from_values, parse_command_line, read_yaml
 from lora_sd.data.cache import Cache, encode
 from lora_sd.data.folder import read_folder
-from lora_sd.errors import EXIT_RESUMABLE, ConfigError, RunError
+from lora_sd.errors import EXIT_RESUMABLE, ConfigError, Problems, RunError
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.generate import (
     PictureSettings,
@@ -80,14 +80,16 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
     stop = StopRequest()
 
     # --- pictures, base model, layers: what can be wrong is found before a folder is made ---
-    folder = read_folder(Path(config.data.folder), config.data.resolution_px, config.data.caption)
-    base = load_base_model(config.base.model, device, pick_dtype(config.base.dtype, device))
-    if config.data.resolution_px % base.size_multiple:
-        raise ConfigError(
-            f"'data.resolution_px' is {config.data.resolution_px}; '{base.name}' wants a multiple "
-            f"of {base.size_multiple}."
-        )
-    plans = inject.choose_layers(base.unet, **config.adapter.model_dump(exclude={"init"}))
+    problems = Problems()
+    resolution = config.data.resolution_px
+    with problems.gathered():
+        folder = read_folder(Path(config.data.folder), resolution, config.data.caption)
+    with problems.gathered():
+        base = load_base_model(config.base.model, device, pick_dtype(config.base.dtype, device))
+        with problems.gathered():
+            base.check_size(resolution)
+        plans = inject.choose_layers(base.unet, **config.adapter.model_dump(exclude={"init"}))
+    problems.tell()
     identity = checkpoint.Identity(config.model_dump(), folder.fingerprint, base.fingerprint())
     run = resumed or _new_run(config, default_name, accelerator)
 
@@ -398,4 +400,4 @@ def _adapter(config: Config, base: BaseModel, name: str) -> Adapter:
 def _command() -> str:
     """The command a user types to start the trainer the way it was started now."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    return f"{'accelerate launch' if launched else 'python'} train_sd_lora.py"
+    return f"{'accelerate launch --quiet' if launched else 'python'} train_sd_lora.py"

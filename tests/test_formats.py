@@ -173,7 +173,13 @@ def test_a_hostile_file_is_refused_with_its_name(file, shapes, kind):
     assert len(str(caught.value)) < 500
 
 
-def test_600_000_empty_tensors_are_refused_at_once(tmp_path, shapes):
+def test_names_are_judged_before_anything_else(file, shapes):
+    file.write_bytes(save({**load_file(file), "<img src=x onerror=alert(1)>": torch.ones(1)}))
+    with pytest.raises(AdapterError, match="strange names"):
+        load_adapter(file, shapes)
+
+
+def test_60_000_empty_tensors_are_refused_at_once(tmp_path, shapes):
     header = {
         f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(60_000)
     }
