@@ -29,7 +29,7 @@ class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
-class BaseSettingsGroup(Group):
+class BaseGroup(Group):
     model: str = "tiny-sd"
     """The Stable Diffusion model to adapt: 'tiny-sd' (ships with the project), the path of a
     diffusers folder, or a hub id."""
@@ -150,7 +150,7 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid", validate_default=True)
 
-    base: BaseSettingsGroup = Field(BaseSettingsGroup(), description="the model to adapt")
+    base: BaseGroup = Field(BaseGroup(), description="the model to adapt")
     data: DataGroup = Field(DataGroup(), description="the training pictures")
     adapter: AdapterGroup = Field(AdapterGroup(), description="what is trained")
     train: TrainGroup = Field(TrainGroup(), description="how it is trained")

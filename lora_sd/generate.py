@@ -13,6 +13,7 @@ from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel
 from lora_sd.merge import MergedWeights
 
+OnStep = Callable[[int, int], bool]  # (denoising steps done, in all) -> whether to stop
 MOST_IN_A_BATCH = 8
 SMALL_PICTURE_PX = 256
 
@@ -40,7 +41,7 @@ class Cancelled(Exception):
 def generate(
     base: BaseModel,
     settings: Sequence[PictureSettings],
-    on_step: Callable[[int, int], bool] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Image.Image]:
     """Draw pictures with the base's weights as they are now.
 
@@ -91,7 +92,7 @@ def generate_at_scales(
     adapter: Adapter,
     scales: Sequence[float],
     settings: Sequence[PictureSettings],
-    on_step: Callable[[int, int], bool] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[list[Image.Image]]:
     """The same pictures at several scales: result[i][j] is settings[i] at scales[j].
 

@@ -16,23 +16,26 @@ from lora_sd.errors import RunError, UserError
 from lora_sd.run_folder import RunFolder, State, Status
 
 log = logging.getLogger("lora_sd")
+STOP_SIGNALS = [  # the last is Windows' Ctrl-Break, which is what one process can send another
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+]
 HEARTBEAT_S = 1.0
 LOG_EVERY_S = 20.0
 
 
 class StopRequest:
-    """Becomes `requested` at the first SIGINT or SIGTERM; the second one ends the program."""
+    """Becomes `requested` at the first stop signal; the second one ends the program at once."""
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._set)
 
     def _set(self, number: int, _: object) -> None:
         self.requested = True
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        text = "\nStopping after this step and saving. Once more to leave at once.\n"
+        text = "\nStopping: saving first. Once more to leave at once.\n"
         os.write(sys.stderr.fileno(), text.encode())
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from lora_sd.data.folder import read_folder
 from lora_sd.errors import EXIT_RESUMABLE, ConfigError, Problems, RunError
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.generate import (
+    Cancelled,
+    OnStep,
     PictureSettings,
     draw_grid,
     generate,
@@ -120,6 +122,11 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                 record.state("finished", "", step)
                 return 0
 
+        def beat(*_: int) -> bool:
+            """For long work: a sign of life, and whether to stop."""
+            record.beat()
+            return stop.requested
+
         def save() -> None:
             with record.during("saving", f"saving step {step}"):
                 if is_main:
@@ -139,7 +146,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         log.info("Adapted layers of the UNet (preset '%s'):", config.adapter.preset)
         log.info("%s", inject.describe(plans))
         record.state("starting", "encoding the pictures", step)
-        cache, notices = encode(base, folder.examples, lambda done: record.beat())
+        cache, notices = encode(base, folder.examples, beat)
         for notice in folder.notices + notices:
             log.warning("Note: %s", notice)
         noise_schedule = base.noise_schedule()
@@ -160,7 +167,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         sample_every = config.sample.every_steps if samples else 0
         if sample_every and step == 0:
             with record.during("sampling", "drawing the base's pictures"):
-                _draw_samples(base, run, 0, samples, accelerator)
+                _draw_samples(base, run, 0, samples, accelerator, beat)
 
         # --- the loop ---
         started = time.monotonic()
@@ -203,7 +210,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                 save()
             if sample_every and step % sample_every == 0 and step < options.steps:
                 with record.during("sampling", f"drawing samples of step {step}"):
-                    _draw_samples(base, run, step, samples, accelerator)
+                    _draw_samples(base, run, step, samples, accelerator, beat)
 
         # --- stopped on request: everything is saved ---
         if step < options.steps:
@@ -222,10 +229,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             if samples and config.sample.scales:
                 record.state("sampling", "drawing the grid of scales")
                 inject.detach(base.unet)
-                try:
-                    _draw_grid(base, run, config.sample.scales, samples)
-                except Exception:
-                    log.warning("The grid could not be drawn.", exc_info=True)
+                _draw_grid(base, run, config.sample.scales, samples, beat)
         accelerator.wait_for_everyone()
         log.info("Finished after %.0f s.", time.monotonic() - started)
         record.state("finished", "", step)
@@ -333,31 +337,45 @@ def _draw_samples(
     step: int,
     settings: list[PictureSettings],
     accelerator: Accelerator,
+    on_step: OnStep,
 ) -> None:
     """Draw the sample pictures; a failure is logged, and training goes on."""
     if accelerator.is_main_process:
         base.unet.eval()
-        try:
-            with accelerator.autocast():
-                pictures = generate(base, settings)
+        with _pictures_may_fail(f"The samples of step {step}"), accelerator.autocast():
+            pictures = generate(base, settings, on_step)
             for index, (picture, one) in enumerate(zip(pictures, settings, strict=True)):
                 save_picture(picture, run.sample_file(step, index), one)
-        except Exception:
-            log.warning("The samples of step %d could not be drawn.", step, exc_info=True)
     accelerator.wait_for_everyone()
 
 
 def _draw_grid(
-    base: BaseModel, run: RunFolder, scales: Sequence[float], settings: list[PictureSettings]
+    base: BaseModel,
+    run: RunFolder,
+    scales: Sequence[float],
+    settings: list[PictureSettings],
+    on_step: OnStep,
 ) -> None:
     """Draw every prompt at every scale from the adapter's file, as a user of it would."""
     base.unet.eval()
-    adapter = load_adapter(run.adapter_file, inject.layer_shapes(base.unet))
-    merged = MergedWeights({"unet": base.unet})
-    rows = generate_at_scales(base, merged, adapter, scales, settings)
-    grid = draw_grid(rows, [one.prompt for one in settings], [f"scale {s:g}" for s in scales])
-    grid.save(run.grid_file)
-    log.info("Grid: %s", run.grid_file)
+    with _pictures_may_fail("The grid"):
+        adapter = load_adapter(run.adapter_file, inject.layer_shapes(base.unet))
+        merged = MergedWeights({"unet": base.unet})
+        rows = generate_at_scales(base, merged, adapter, scales, settings, on_step)
+        labels = [f"scale {scale:g}" for scale in scales]
+        draw_grid(rows, [one.prompt for one in settings], labels).save(run.grid_file)
+        log.info("Grid: %s", run.grid_file)
+
+
+@contextlib.contextmanager
+def _pictures_may_fail(what: str) -> Iterator[None]:
+    """Pictures are not worth a run: their failure is logged, and the run goes on."""
+    try:
+        yield
+    except Cancelled:
+        log.info("%s: not drawn, since the run is to stop.", what)
+    except Exception:
+        log.warning("%s could not be drawn.", what, exc_info=True)
 
 
 def _adapter(config: Config, base: BaseModel, name: str) -> Adapter:

@@ -26,7 +26,7 @@ def test_a_folder_gives_pictures_with_their_captions(image_folder):
         ("0.png", "a red wall"),
         ("1.png", "a green wall"),
     ]
-    assert found.examples[0].picture.size == (PICTURE_PX, PICTURE_PX)
+    assert found.examples[0].picture().size == (PICTURE_PX, PICTURE_PX)
     assert found.notices == []
 
 
@@ -188,8 +188,8 @@ def test_every_picture_is_seen_once_in_each_epoch(pictures):
 
 def test_cached_latents_and_captions_are_what_the_models_give(base, image_folder):
     examples = read_folder(image_folder, PICTURE_PX).examples
-    cache, notices = encode(base, examples, lambda done: None)
-    pixels = base.pipeline().image_processor.preprocess(examples[1].picture)
+    cache, notices = encode(base, examples, lambda done: False)
+    pixels = base.pipeline().image_processor.preprocess(examples[1].picture())
     posterior = base.vae.encode(pixels).latent_dist
     torch.testing.assert_close(cache.mean[1:2], posterior.mean * base.vae.config.scaling_factor)
     tokens = base.tokenizer(
@@ -202,5 +202,5 @@ def test_cached_latents_and_captions_are_what_the_models_give(base, image_folder
 
 def test_captions_that_are_cut_are_told(base, image_folder):
     (image_folder / "0.txt").write_text("word " * 60)
-    _, notices = encode(base, read_folder(image_folder, PICTURE_PX).examples, lambda done: None)
+    _, notices = encode(base, read_folder(image_folder, PICTURE_PX).examples, lambda done: False)
     assert "1 captions are longer than 14 tokens" in notices[0]

@@ -110,6 +110,39 @@ def tensors(run: RunFolder, step: int) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.parametrize("doing", ["encode", "generate"])
+def test_stopping_while_encoding_or_sampling_is_resumable(run_settings, monkeypatch, doing):
+    run_settings["sample"] = {"prompts": ["a red wall"], "steps": 3}
+    straight = train(run_settings)
+    run_settings["output"]["name"] = "stopped"
+    original = getattr(trainer, doing)
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, doing, interrupted)
+    assert trainer.train(config_from_values(run_settings), "run") == EXIT_RESUMABLE
+    run = RunFolder(straight.path.with_name("stopped"))
+    assert run.sample_files() == [] and run.read_status().state == "stopped"
+    monkeypatch.undo()
+    assert resume(run) == 0
+    assert losses(run) == losses(straight)
+    assert [f.name for f in run.sample_files()] == [f.name for f in straight.sample_files()]
+
+
+def test_samples_that_cannot_be_drawn_do_not_end_the_run(run_settings, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    run_settings["sample"] = {"prompts": ["a red wall"], "steps": 3, "every_steps": 2}
+    monkeypatch.setattr(trainer, "generate", fail)
+    monkeypatch.setattr(trainer, "generate_at_scales", fail)
+    run = train(run_settings)
+    assert run.read_status().state == "finished" and run.adapter_file.is_file()
+    assert "could not be drawn" in run.log_file.read_text()
+
+
 @pytest.mark.parametrize("file", ["optimizer.pt", "adapter.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_a_damaged_checkpoint_is_passed_over_and_made_again(run_settings, file, damage):

@@ -35,12 +35,13 @@ class Cache:
 
 @torch.no_grad()
 def encode(
-    base: BaseModel, examples: Sequence[Example], on_image: Callable[[int], None]
+    base: BaseModel, examples: Sequence[Example], on_image: Callable[[int], bool]
 ) -> tuple[Cache, list[str]]:
     """(cache, notices) of a folder's examples.
 
     Args:
-        on_image: called with the number of pictures encoded so far.
+        on_image: called with the number of pictures encoded so far; encoding stops there when it
+            returns True, and the cache holds only these.
 
     Raises:
         DataError: a picture whose latents are not finite numbers; named.
@@ -48,7 +49,7 @@ def encode(
     vae, pipeline = base.vae, base.pipeline()
     means, deviations, broken = [], [], []
     for number, example in enumerate(examples, start=1):
-        pixels = pipeline.image_processor.preprocess(example.picture)
+        pixels = pipeline.image_processor.preprocess(example.picture())
         posterior = vae.encode(pixels.to(base.device, vae.dtype)).latent_dist
         mean = (
             posterior.mean.float() - (vae.config.shift_factor or 0.0)
@@ -57,7 +58,8 @@ def encode(
             broken.append(example.file.name)
         means.append(mean.cpu())
         deviations.append((posterior.std.float() * vae.config.scaling_factor).cpu())
-        on_image(number)
+        if on_image(number):
+            break
     if broken:
         raise DataError(
             f"The VAE gives values that are not finite for {shown_list(broken)}: set base.dtype to "

@@ -14,11 +14,15 @@ MOST_PROBLEMS_SHOWN = 20
 
 @dataclass(frozen=True)
 class Example:
-    """One training picture, square and in RGB, with its caption."""
+    """One training picture with its caption."""
 
     file: Path
     caption: str
-    picture: Image.Image
+    resolution_px: int
+
+    def picture(self) -> Image.Image:
+        """The picture in RGB, square, of the training resolution; read anew from the file."""
+        return square(read_image(self.file)[0], self.resolution_px)
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,9 @@ def read_folder(folder: Path, resolution_px: int, caption: str | None = None) ->
             without_caption.append(file.name)
             continue
         small += min(picture.size) < resolution_px
-        examples.append(Example(file, text, square(picture, resolution_px)))
+        examples.append(Example(file, text, resolution_px))
         digest.update(f"{file.name}\n{text}\n{resolution_px}\n".encode())
-        digest.update(examples[-1].picture.tobytes())
+        digest.update(square(picture, resolution_px).tobytes())
     if without_caption:
         first = Path(without_caption[0])
         problems.append(

@@ -1,0 +1,58 @@
+"""Form fields: what config.py says, and what the browser sends."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_sd.config import Config, config_from_values, read_yaml
+from lora_sd.errors import UserError
+from lora_sd.ui import fields
+from lora_sd.ui.launch import PROJECT
+
+
+@pytest.mark.parametrize("file", [None, *sorted((PROJECT / "configs").glob("*.yaml"))])
+def test_every_setting_survives_the_form(file: Path | None) -> None:
+    before = config_from_values(read_yaml(file)) if file else Config()
+    values = fields.form_values(before, fields.FIELDS)
+    form = {name: fields.component(name, values[name]).value for name in fields.FIELDS}
+    assert fields.config_from_form(form) == before
+
+
+def test_help_and_range_are_those_of_the_config() -> None:
+    component = fields.component("adapter.rank", 8)
+    assert component.label == "Rank"
+    assert component.info == (
+        "Inner size of the adapter in linear layers and 1x1 convolutions. 1 to 1024."
+    )
+    assert fields.help_text("train.learning_rate").endswith("Above 0 to 10.")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "sentence"),
+    [
+        ("train.steps", math.nan, "'Steps' must be a finite number."),
+        ("train.steps", True, "'Steps' is empty: write a number."),
+        ("train.steps", None, "'Steps' is empty: write a number."),
+        ("train.steps", 2.7, "'Steps' is 2.7, but must be a whole number."),
+        ("train.steps", 0, "'Steps' is 0: input should be greater than or equal to 1."),
+        ("train.steps", [3], "'Steps' is empty: write a number."),
+        ("train.schedule", "sideways", "'Schedule' is 'sideways': input should be 'cosine' or"),
+        ("train.gradient_checkpointing", "yes", "'Gradient checkpointing' must be on or off."),
+        ("base.model", ["a"], "'Base model' must be text."),
+        ("base.model", "x" * 30_000, "'Base model' is too long"),
+        ("sample.scales", "0, one", "'Scales' holds 'one', which is no number."),
+        ("output.name", "../x", "'Name of the run' is '../x'"),
+    ],
+)
+def test_what_the_browser_sends_is_checked(name: str, wrong: Any, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        fields.config_from_form({name: wrong})
+    assert caught.value.problems[0].startswith(sentence)
+
+
+def test_problems_of_every_kind_come_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        fields.config_from_form({"train.steps": None, "train.batch_size": 0, "adapter.rank": -1})
+    assert len(caught.value.problems) == 3

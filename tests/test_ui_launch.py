@@ -1,0 +1,177 @@
+"""The trainer's process: started, watched, stopped, found again."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+from ui_fake_trainer import config, state, trainers_of, wait_for
+
+from lora_sd.errors import RunError
+from lora_sd.run_folder import RunFolder, Status
+from lora_sd.ui import launch
+from lora_sd.ui.launch import Trainer
+from lora_sd.ui.run_view import read_run
+
+pytest_plugins = ["ui_fake_trainer"]
+
+
+def test_a_run_is_started_watched_and_finishes(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs, steps=3))
+    assert trainer.current() == "run"
+    assert state(trainer) == "Starting"
+    wait_for(lambda: state(trainer) == "Finished")
+    wait_for(lambda: trainer.current() is None)
+    view = read_run(trainer, "run")
+    assert (view.step, view.steps, len(view.losses)) == (3, 3, 3)
+    assert not view.can_stop and not view.can_resume
+    assert trainers_of(trainer) == []
+
+
+def test_stop_saves_resume_goes_on_and_nothing_is_left_behind(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs))
+    wait_for(lambda: state(trainer) == "Training")
+    trainer.stop("run")
+    assert state(trainer) in ("Stopping", "Stopped")
+    wait_for(lambda: state(trainer) == "Stopped")
+    wait_for(lambda: trainers_of(trainer) == [])
+    stopped_at = read_run(trainer, "run").step
+    trainer.resume("run")
+    wait_for(lambda: read_run(trainer, "run").step > stopped_at)
+    trainer.stop("run")
+    wait_for(lambda: state(trainer) == "Stopped" and trainers_of(trainer) == [])
+
+
+def test_a_second_start_is_refused_by_this_app_and_by_another(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs))
+    for each in (trainer, Trainer(trainer.outputs, ["false"])):
+        with pytest.raises(RunError, match="'run' is being trained"):
+            each.start(config(trainer.outputs, "other"))
+    trainer.stop("run")
+    wait_for(lambda: trainer.current() is None)
+
+
+def test_of_many_starts_at_once_one_trains(trainer: Trainer) -> None:
+    done: list[str] = []
+
+    def start(number: int) -> None:
+        try:
+            done.append(trainer.start(config(trainer.outputs, f"run-{number}")))
+        except RunError as error:
+            done.append(str(error))
+
+    threads = [threading.Thread(target=start, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    started = [one for one in done if " " not in one]
+    assert len(done) == 8 and len(started) == 1
+    trainer.stop(started[0])
+    wait_for(lambda: trainer.current() is None)
+
+
+def test_a_restarted_app_finds_its_trainer_and_can_stop_it(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs))
+    again = Trainer(trainer.outputs)
+    assert again.current() == "run"
+    wait_for(lambda: state(again) == "Training")
+    again.stop("run")
+    wait_for(lambda: state(again) == "Stopped")
+
+
+def test_a_trainer_that_does_not_stop_is_killed(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "KILL_AFTER_S", 0.5)
+    trainer.start(config(trainer.outputs, seed=13))
+    wait_for(lambda: state(trainer) == "Training")
+    trainer.stop("run")
+    wait_for(lambda: state(trainer) == "Interrupted")
+    wait_for(lambda: trainers_of(trainer) == [])
+    assert read_run(trainer, "run").can_resume
+
+
+def test_a_killed_launcher_leaves_a_trainer_that_can_be_stopped(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs))
+    wait_for(lambda: state(trainer) == "Training")
+    leader = json.loads((trainer.outputs / ".app" / "trainer.json").read_text())["pid"]
+    os.kill(leader, signal.SIGKILL)
+    wait_for(lambda: not psutil.pid_exists(leader))
+    assert trainer.current() == "run"
+    trainer.stop("run")
+    wait_for(lambda: state(trainer) == "Stopped")
+
+
+def test_a_killed_trainer_shows_as_interrupted(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs))
+    wait_for(lambda: state(trainer) == "Training")
+    status = RunFolder(trainer.outputs / "run").read_status()
+    assert status
+    os.kill(status.pid, signal.SIGKILL)
+    wait_for(lambda: state(trainer) == "Interrupted")
+    assert "resume to go on" in read_run(trainer, "run").message
+
+
+def test_a_stranger_with_the_old_pid_is_left_alone(trainer: Trainer) -> None:
+    run = RunFolder(trainer.outputs / "run")
+    run.path.mkdir(parents=True)
+    run.config_file.write_text("{}")
+    old = Status("training", 3, 10, pid=os.getpid(), process_started=1.0, heartbeat=1.0)
+    run.status_file.write_text(json.dumps(vars(old)))
+    assert trainer.current() is None and state(trainer) == "Interrupted"
+    with pytest.raises(RunError, match="not being trained"):
+        trainer.stop("run")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "asleep"}', '{"state": 3}'])
+def test_a_damaged_status_is_shown_and_nothing_more(trainer: Trainer, text: str) -> None:
+    run = RunFolder(trainer.outputs / "run")
+    run.path.mkdir(parents=True)
+    run.config_file.write_text("{}")
+    run.status_file.write_text(text)
+    view = read_run(trainer, "run")
+    assert view.badge == "Not started" and view.can_resume and not view.can_stop
+
+
+def test_sentences_of_a_refused_start_are_shown(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs, rank=500))
+    wait_for(lambda: state(trainer) == "Not started")
+    view = read_run(trainer, "run")
+    assert view.message == "'adapter.rank' is too large for this model."
+    assert not view.can_resume
+
+
+def test_the_last_words_of_a_crashed_start_are_shown(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs, rank=77))
+    wait_for(lambda: state(trainer) == "Not started")
+    assert read_run(trainer, "run").message.endswith("something nobody foresaw")
+
+
+def test_a_silent_trainer_is_named(trainer: Trainer) -> None:
+    run = RunFolder(trainer.outputs / "run")
+    run.path.mkdir(parents=True)
+    run.write_status(Status("training", 3, 10))
+    values = json.loads(run.status_file.read_text())
+    run.status_file.write_text(json.dumps({**values, "heartbeat": time.time() - 100}))
+    assert read_run(trainer, "run").message == "No sign of life for 1 min 40 s."
+
+
+def test_names_are_free_and_never_a_folder_of_ours(trainer: Trainer) -> None:
+    (trainer.outputs / "fox").mkdir(parents=True)
+    assert trainer.free_name("fox") == "fox-2"
+    assert trainer.free_name("datasets") == "datasets-2"
+    assert trainer.free_name("../ü") == "run"
+    for taken in ("fox", "datasets"):
+        with pytest.raises(RunError, match="already"):
+            trainer.start(config(trainer.outputs, taken))
+
+
+def test_a_stop_before_the_beginning_is_no_failure(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs))
+    trainer.stop("run")
+    wait_for(lambda: state(trainer) == "Stopped")
+    wait_for(lambda: trainer.current() is None and trainers_of(trainer) == [])
