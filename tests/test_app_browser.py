@@ -176,10 +176,12 @@ def test_from_pictures_to_a_downloaded_adapter(app: App, browser, tmp_path: Path
 
     # train
     page.locator("#train-batch_size input").fill("4")
-    page.locator("#train-steps input").fill("60")
+    page.locator("#train-steps input").fill("40")
     page.get_by_text("More settings").first.click()
+    page.locator("#sample-every_steps input").wait_for()
+    page.wait_for_timeout(500)  # Gradio sets the fields' first values just after it shows them
     page.locator("#sample-every_steps input").fill("4")
-    page.locator("#sample-steps input").fill("3")
+    page.locator("#sample-steps input").fill("2")
     page.locator("#sample-scales").locator("input, textarea").fill("0, 1")
     page.locator("#start").click()
     wait_for_state(page, "starting")
@@ -192,18 +194,18 @@ def test_from_pictures_to_a_downloaded_adapter(app: App, browser, tmp_path: Path
     page.locator("#stop").click()
     wait_for_state(page, "stopped")
     step = RunFolder(app.outputs / "demo").read_status().step
-    assert 0 < step < 60
+    assert 0 < step < 40
     page.close()
     app.end()
     app.start()
     page = open_page(browser, app, seen)
     wait_for_state(page, "stopped")
-    page.get_by_text(f"Stopped at step {step} of 60").wait_for()
+    page.get_by_text(f"Stopped at step {step} of 40").wait_for()
 
     # resume, to the end
     page.locator("#resume").click()
     wait_for_state(page, "finished")
-    assert "60 of 60" in page.locator("#run-card").inner_text()
+    assert "40 of 40" in page.locator("#run-card").inner_text()
     page.locator("#grid img").wait_for()
 
     # generate, and move the scale

@@ -89,6 +89,15 @@ def test_pictures_by_scale_and_uploads(tmp_path: Path) -> None:
     strip = handlers.strip(handlers.request(wish()), count)
     assert strip.width > 5 * before.width
 
+    # cancelled: a sentence, and the weights are the base's again
+    handlers.begin("page")
+    handlers.cancel("page")
+    with pytest.raises(UserError, match="Cancelled"):
+        handlers.strip(handlers.request(wish(seed=7)), lambda *_: handlers.is_cancelled("page"))
+    handlers._pictures.clear()
+    again, _ = handlers.before_and_after(handlers.request(wish()), count)
+    assert again.tobytes() == before.tobytes()
+
     # a file from elsewhere is kept under a safe name, drawn with, and offered by id
     sent = tmp_path / "My adapter (1).safetensors"
     sent.write_bytes(run.adapter_file.read_bytes())

@@ -8,15 +8,13 @@ import time
 
 import psutil
 import pytest
-from ui_fake_trainer import config, state, trainers_of, wait_for
+from ui_fake_trainer import config, fake_trainer, state, trainers_of, wait_for  # noqa: F401
 
 from lora_sd.errors import RunError
 from lora_sd.run_folder import RunFolder, Status
 from lora_sd.ui import launch
 from lora_sd.ui.launch import Trainer
 from lora_sd.ui.run_view import read_run
-
-pytest_plugins = ["ui_fake_trainer"]
 
 
 def test_a_run_is_started_watched_and_finishes(trainer: Trainer) -> None:

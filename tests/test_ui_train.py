@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ui_fake_trainer import state, wait_for
+from ui_fake_trainer import fake_trainer, state, wait_for  # noqa: F401
 
 from lora_sd.errors import DataError
 from lora_sd.run_folder import RunFolder, Status
 from lora_sd.ui import fields, pictures
 from lora_sd.ui.launch import Trainer
 from lora_sd.ui.loss_curve import loss_curve
+from lora_sd.ui.run_panel import changes
 from lora_sd.ui.run_view import card_html, duration, read_run
 from lora_sd.ui.train_handlers import TrainHandlers
-
-pytest_plugins = ["ui_fake_trainer"]
 
 
 def test_loss_curve_ends_at_the_last_step_and_skips_what_is_no_number() -> None:
@@ -36,6 +35,25 @@ def test_card_escapes_what_a_run_says(trainer: Trainer) -> None:
     run.path.mkdir(parents=True)
     run.write_status(Status("failed", 3, 10, "<img src=x onerror=alert(1)>"))
     assert "<img" not in card_html(read_run(trainer, "run"))
+
+
+def test_only_changes_are_sent_and_half_written_pictures_wait(handlers: TrainHandlers) -> None:
+    run = RunFolder(handlers.outputs / "run")
+    run.samples.mkdir(parents=True)
+    run.config_file.write_text("{}")
+    run.write_status(Status("sampling", 3, 10))
+    sample = run.sample_file(3, 0)
+    Image.effect_noise((64, 64), 90).save(sample)
+    whole = sample.read_bytes()
+    for file in (sample, run.grid_file):
+        file.write_bytes(whole[: len(whole) // 2])
+    updates, shown = changes(handlers, handlers.look(None), {})
+    assert {"card", "stop"} <= updates.keys() and not {"samples", "grid"} & updates.keys()
+    for file in (sample, run.grid_file):
+        file.write_bytes(whole)
+    updates, shown = changes(handlers, handlers.look(None), shown)
+    assert updates.keys() == {"samples", "grid"}
+    assert changes(handlers, handlers.look(None), shown)[0] == {}
 
 
 def test_durations() -> None:

@@ -48,8 +48,8 @@ sys.exit(75 if stop else 0)
 """
 
 
-@pytest.fixture
-def trainer(tmp_path: Path) -> Iterator[Trainer]:
+@pytest.fixture(name="trainer")
+def fake_trainer(tmp_path: Path) -> Iterator[Trainer]:
     script = tmp_path / "fake_trainer.py"
     script.write_text(FAKE_TRAINER)
     command = [sys.executable, "-c", FAKE_LAUNCHER, sys.executable, str(script)]

@@ -1,0 +1,32 @@
+"""The app: `python app.py`, then open the address that it prints."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep
+
+from lora_sd.errors import run_program  # noqa: E402
+from lora_sd.ui import server  # noqa: E402
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="app.py", description="Train Stable Diffusion LoRA adapters in the browser."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="port (%(default)s)")
+    parser.add_argument(
+        "--outputs", type=Path, default=Path("outputs"), help="folder of all runs (%(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=Path, help="a folder whose folders of pictures are offered for training"
+    )
+    options = parser.parse_args(argv)
+    server.serve(options.host, options.port, options.outputs, options.pictures)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,167 @@
+"""Config settings as form fields: their names, ranges and help come from config.py alone."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import gradio as gr
+from gradio.components import Component
+from pydantic.fields import FieldInfo
+
+from lora_sd.config import Config, config_from_values, settings
+from lora_sd.errors import ConfigError
+
+LABELS = {
+    "base.model": "Base model",
+    "base.dtype": "Base precision",
+    "data.resolution_px": "Resolution (px)",
+    "data.caption": "Caption for pictures that have none",
+    "adapter.preset": "Layers",
+    "adapter.include": "Further layers",
+    "adapter.exclude": "Layers left alone",
+    "adapter.init": "Start of lora_down",
+    "train.max_grad_norm": "Largest gradient norm",
+    "sample.prompts": "Sample prompts, one a line",
+    "sample.every_steps": "Draw every (steps)",
+    "sample.steps": "Denoising steps",
+    "output.name": "Name of the run",
+    "output.save_every_steps": "Save every (steps)",
+    "output.dtype": "File precision",
+}
+MOST_TEXT = 20_000  # characters of one field: more is no setting
+FIELDS: dict[str, FieldInfo] = dict(settings())
+
+
+def label(name: str) -> str:
+    """'Learning rate' for 'train.learning_rate'."""
+    return LABELS.get(name) or name.partition(".")[2].replace("_", " ").capitalize()
+
+
+def help_text(name: str) -> str:
+    """The setting's help, then its range where it has one worth telling."""
+    text = " ".join((FIELDS[name].description or "").split())
+    low, high = _bound(name, "ge", "gt"), _bound(name, "le", "lt")
+    if low is None or high is None or high >= 1_000_000 or low == high:
+        return text
+    above = any(getattr(part, "gt", None) is not None for part in FIELDS[name].metadata)
+    return f"{text} {'Above ' if above else ''}{low:g} to {high:g}."
+
+
+def component(name: str, value: Any, *, info: bool = True, **options: Any) -> Component:
+    """The form field of a setting, showing `value`."""
+    kind = _kind(name)
+    shared = {
+        "label": label(name),
+        "info": help_text(name) if info else None,
+        "elem_id": name.replace(".", "-"),
+        **options,
+    }
+    if get_origin(kind) is Literal:
+        return gr.Dropdown(list(get_args(kind)), value=value, **shared)
+    if kind is bool:
+        return gr.Checkbox(value, **shared)
+    if kind in (int, float):
+        return gr.Number(value, **shared)
+    if get_origin(kind) is list:
+        by_line = get_args(kind) == (str,)
+        shown = ("\n" if by_line else ", ").join(_plain(entry) for entry in value)
+        return gr.Textbox(shown, **{"lines": 2 if by_line else 1, **shared})
+    return gr.Textbox(value or "", **shared)
+
+
+def config_from_form(form: Mapping[str, Any]) -> Config:
+    """The checked configuration of field values by dotted name.
+
+    The browser is not trusted: whatever is not of the setting's own type is a problem too.
+
+    Raises:
+        ConfigError: all problems at once, each naming the field as the page does.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    for name, raw in form.items():
+        group, _, key = name.partition(".")
+        try:
+            values.setdefault(group, {})[key] = _value(name, raw)
+        except ValueError as error:
+            problems.append(f"'{name}' {error}.")
+    try:
+        config = config_from_values(values)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError([in_page_words(problem) for problem in problems])
+    return config
+
+
+def in_page_words(sentence: str) -> str:
+    """A sentence of config.py with the fields named as on the page."""
+    return re.sub(
+        r"'(\w+\.\w+)(?:\.\d+)?'",
+        lambda found: f"'{label(found[1])}'" if found[1] in FIELDS else found[0],
+        sentence,
+    )
+
+
+def form_values(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """The values of a configuration by dotted name."""
+    groups = config.model_dump()
+    return {name: groups[name.partition(".")[0]][name.partition(".")[2]] for name in names}
+
+
+def _kind(name: str) -> Any:
+    """The setting's type, without the None of an optional one."""
+    annotation = FIELDS[name].annotation
+    if get_origin(annotation) is Literal or get_origin(annotation) is list:
+        return annotation
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if kinds else annotation
+
+
+def _value(name: str, raw: Any) -> Any:
+    kind = _kind(name)
+    if kind is bool:
+        if not isinstance(raw, bool):
+            raise ValueError("must be on or off")
+        return raw
+    if kind in (int, float):
+        return _number(raw, whole=kind is int)
+    if not isinstance(raw, str | None):
+        raise ValueError("must be text")
+    text = (raw or "").strip()
+    if len(text) > MOST_TEXT or "\0" in text:
+        raise ValueError(f"is too long, or no text: at most {MOST_TEXT} characters")
+    if get_origin(kind) is list:
+        if get_args(kind) == (str,):
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        return [_number(part, whole=False) for part in text.replace(",", " ").split()]
+    return text or (None if NoneType in get_args(FIELDS[name].annotation) else "")
+
+
+def _number(raw: Any, whole: bool) -> int | float:
+    if isinstance(raw, str):
+        try:
+            raw = float(raw)
+        except ValueError:
+            raise ValueError(f"holds '{raw[:40]}', which is no number") from None
+    if isinstance(raw, bool) or not isinstance(raw, int | float):
+        raise ValueError("is empty: write a number")
+    if not math.isfinite(raw):
+        raise ValueError("must be a finite number")
+    if whole and raw != int(raw):
+        raise ValueError(f"is {raw:g}, but must be a whole number")
+    return int(raw) if whole else float(raw)
+
+
+def _plain(entry: Any) -> str:
+    return f"{entry:g}" if isinstance(entry, float) else str(entry)
+
+
+def _bound(name: str, *kinds: str) -> float | None:
+    for part in FIELDS[name].metadata:
+        for kind in kinds:
+            if getattr(part, kind, None) is not None:
+                return float(getattr(part, kind))
+    return None

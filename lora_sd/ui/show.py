@@ -1,0 +1,57 @@
+"""Small pieces of HTML, and pictures made large enough to look at."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from lora_sd.ui.pictures import PREVIEWS, preview
+
+SHOWN_PX = 512
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A small picture several times as large, smooth; a large one as it is."""
+    factor = math.ceil(SHOWN_PX / max(picture.size))
+    if factor <= 1:
+        return picture
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def sentences_html(problems: Sequence[str]) -> str:
+    """Problems as a box; an empty text for none."""
+    if not problems:
+        return ""
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+    return f'<ul class="problems" role="alert">{items}</ul>'
+
+
+def thumbs_html(pairs: Sequence[tuple[Path, str]]) -> str:
+    """The first pictures of a data set, and how many pictures and captions there are."""
+    if not pairs:
+        return ""
+    items = []
+    for file, caption in pairs[:PREVIEWS]:
+        small = preview(file)
+        shown = f'<img src="{_data_uri(small)}" alt="">' if small else "<i>unreadable</i>"
+        words = escape(caption) if caption else "<em>no caption</em>"
+        items.append(f'<li title="{escape(caption)}">{shown}<span>{words}</span></li>')
+    more = len(pairs) - PREVIEWS
+    without = sum(not caption for _, caption in pairs)
+    said = f"{len(pairs)} pictures, " + (
+        "all with captions." if not without else f"{without} of them without a caption."
+    )
+    if more > 0:
+        said += f" The first {PREVIEWS} are shown."
+    return f'<ul class="thumbs">{"".join(items)}</ul><p class="hint">{said}</p>'
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,201 @@
+"""What happens on the Train tab; its layout is in train_tab.py and run_panel.py."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_sd.config import Config, config_from_values, read_yaml
+from lora_sd.errors import ConfigError, DataError, UserError
+from lora_sd.run_folder import NAME_PATTERN, list_runs
+from lora_sd.ui import fields, pictures
+from lora_sd.ui.adapters import OfferedAdapter, find_adapter
+from lora_sd.ui.launch import PROJECT, Trainer
+from lora_sd.ui.pictures import PictureFolder, Upload
+from lora_sd.ui.run_view import RunView, read_run
+
+STARTING_CONFIG = PROJECT / "configs" / "tiny.yaml"
+OWN_FIELDS = {"data.folder", "output.folder"}  # the page decides these
+
+
+@dataclass(frozen=True)
+class Started:
+    """What came of a press on Start: a run, or the sentences that say why not."""
+
+    run: str | None = None
+    problems: list[str] = field(default_factory=list)
+    saved: PictureFolder | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a folder or an upload holds, for the page."""
+
+    pairs: list[tuple[Path, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def lacks_captions(self) -> bool:
+        """Whether a picture has no caption of its own."""
+        return any(not caption for _, caption in self.pairs)
+
+
+class TrainHandlers:
+    """The Train tab's handlers.
+
+    Args:
+        outputs: the folder of all runs.
+        more_pictures: a folder whose folders of pictures are offered beside the example.
+        make_room: called before a training begins, to free memory that it may need.
+    """
+
+    def __init__(
+        self,
+        outputs: Path,
+        more_pictures: Path | None,
+        trainer: Trainer,
+        make_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.outputs = outputs
+        self.more_pictures = more_pictures
+        self.trainer = trainer
+        self._make_room = make_room
+
+    def starting_config(self) -> Config:
+        """What the form shows first: configs/tiny.yaml, or the defaults."""
+        try:
+            return config_from_values(read_yaml(STARTING_CONFIG))
+        except ConfigError:
+            return Config()
+
+    def folders(self) -> list[PictureFolder]:
+        """The folders of pictures that can be chosen."""
+        return pictures.offered_folders(self.outputs, self.more_pictures)
+
+    def show_folder(self, folder_id: object) -> Shown:
+        """The pictures and captions of an offered folder."""
+        try:
+            folder = pictures.find_folder(self.outputs, self.more_pictures, folder_id)
+            return Shown(pictures.captioned(folder.path))
+        except UserError as error:
+            return Shown(problems=error.problems)
+
+    def show_upload(self, files: object) -> Shown:
+        """The uploaded pictures with the captions found for them."""
+        try:
+            return Shown([(u.file, u.caption) for u in pictures.match_uploads(_paths(files))])
+        except UserError as error:
+            return Shown(problems=error.problems)
+
+    def start(
+        self, form: Mapping[str, Any], source: object, folder_id: object, upload: Mapping[str, Any]
+    ) -> Started:
+        """Check everything, save uploaded pictures as a data set, and start the trainer.
+
+        Args:
+            form: field values by setting.
+            source: 'folder' or 'upload'.
+            folder_id: of an offered folder.
+            upload: 'name', 'files' and the table of 'captions'.
+        """
+        problems: list[str] = []
+        folder, uploads = None, []
+        try:
+            if source == "upload":
+                uploads = _with_captions(
+                    pictures.match_uploads(_paths(upload.get("files"))), upload.get("captions")
+                )
+                if not uploads:
+                    raise DataError("Upload some pictures, or use a folder.")
+            else:
+                folder = pictures.find_folder(self.outputs, self.more_pictures, folder_id)
+        except UserError as error:
+            problems += error.problems
+        data_name = folder.path.name if folder else str(upload.get("name") or "").strip()
+        values = dict(form)
+        values["data.folder"] = str(folder.path if folder else self.outputs / data_name)
+        values["output.folder"] = str(self.outputs)
+        if not str(values.get("output.name") or "").strip():
+            values["output.name"] = self.trainer.free_name(data_name)
+        saved = None
+        try:
+            config = fields.config_from_form(values)
+            if problems:
+                return Started(problems=problems)
+            if source == "upload":
+                self.trainer.check_free(str(config.output.name))
+                saved = pictures.save_folder(self.outputs, data_name, uploads)
+                values["data.folder"] = str(saved.path)
+                config = fields.config_from_form(values)
+            self._make_room()
+            return Started(self.trainer.start(config), saved=saved)
+        except UserError as error:
+            return Started(problems=problems + error.problems, saved=saved)
+
+    def stop(self, run: object) -> list[str]:
+        """Ask a run to save and end; sentences when that cannot be."""
+        return self._act(self.trainer.stop, run)
+
+    def resume(self, run: object) -> list[str]:
+        """Go on with a run; sentences when that cannot be."""
+        self._make_room()
+        return self._act(self.trainer.resume, run)
+
+    def run_names(self) -> list[str]:
+        """All runs, newest first, with one that is just being started at the top."""
+        names = [run.name for run in list_runs(self.outputs)]
+        launched = self.trainer.last_launched()
+        if launched and launched not in names and self.trainer.has_console(launched):
+            names.insert(0, launched)
+        return names
+
+    def look(self, selected: object) -> RunView | None:
+        """The selected run as it is now, or the one at work, or the newest; None: no runs."""
+        names = self.run_names()
+        if not names:
+            return None
+        name = selected if selected in names else self.trainer.current()
+        return read_run(self.trainer, str(name if name in names else names[0]))
+
+    def result(self, run: str) -> OfferedAdapter | None:
+        """The finished adapter of a run."""
+        try:
+            return find_adapter(self.outputs, run)
+        except UserError:
+            return None
+
+    def _act(self, action: Callable[[str], Any], run: object) -> list[str]:
+        if not isinstance(run, str) or not NAME_PATTERN.fullmatch(run):
+            return ["Choose a run first."]
+        try:
+            action(run)
+        except UserError as error:
+            return error.problems
+        return []
+
+
+def _paths(files: object) -> list[Path]:
+    if not isinstance(files, Sequence) or isinstance(files, str):
+        return []
+    return [Path(file) for file in files if isinstance(file, str)]
+
+
+def _with_captions(uploads: Sequence[Upload], table: object) -> list[Upload]:
+    """The uploads with the captions as the table on the page has them now."""
+    rows = table if isinstance(table, list) else []
+    written = {
+        row[0]: row[1]
+        for row in rows
+        if isinstance(row, list) and len(row) == 2 and all(isinstance(cell, str) for cell in row)
+    }
+    problems = [
+        f"The caption of '{upload.name}' is too long: at most {pictures.MOST_CAPTION} characters."
+        for upload in uploads
+        if len(written.get(upload.name, "")) > pictures.MOST_CAPTION
+    ]
+    if problems:
+        raise DataError(problems)
+    return [
+        Upload(upload.file, upload.name, written.get(upload.name, upload.caption))
+        for upload in uploads
+    ]

@@ -1,0 +1,212 @@
+"""The Train tab: its form on the left; the run on the right is in run_panel.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from lora_sd.config import Config
+from lora_sd.ui import fields
+from lora_sd.ui.run_panel import RunPanel, build_run_panel
+from lora_sd.ui.show import sentences_html, thumbs_html
+from lora_sd.ui.train_handlers import OWN_FIELDS, Shown, TrainHandlers
+
+MAIN_FIELDS = (
+    "data.caption", "output.name", "base.model", "train.steps", "train.batch_size",
+    "train.learning_rate", "adapter.rank", "data.resolution_px", "train.seed", "sample.prompts",
+)  # fmt: skip
+GROUPS = {
+    "data": "Pictures",
+    "base": "Base model",
+    "adapter": "Adapter",
+    "train": "Training",
+    "sample": "Samples on the way",
+    "output": "What is kept",
+}
+
+
+@dataclass(frozen=True)
+class TrainTab:
+    """What other parts of the page need of this tab."""
+
+    panel: RunPanel
+
+
+def build_train_tab(handlers: TrainHandlers) -> TrainTab:
+    """Lay out the tab inside the current Blocks."""
+    config = handlers.starting_config()
+    values = fields.form_values(config, fields.FIELDS)
+    form: dict[str, Component] = {}
+
+    def add(name: str, **options: Any) -> None:
+        form[name] = fields.component(name, values[name], **options)
+
+    with gr.Row(equal_height=False, elem_classes="two-sides"):
+        with gr.Column(scale=5, min_width=320, elem_classes="form-side"):
+            gr.HTML("<h2>1. Your pictures</h2>", elem_classes="heading")
+            source = gr.Radio(
+                [("Use a folder", "folder"), ("Upload pictures", "upload")],
+                value="folder",
+                show_label=False,
+                container=False,
+                elem_classes="segments",
+                elem_id="source",
+            )
+            offered = handlers.folders()
+            with gr.Column(elem_classes="snug") as folder_side:
+                folder = gr.Dropdown(
+                    [(one.label, one.id) for one in offered],
+                    value=offered[0].id if offered else None,
+                    label="Folder of pictures",
+                    allow_custom_value=True,
+                    elem_id="folder",
+                )
+                thumbs = gr.HTML()
+            with gr.Column(visible=False, elem_classes="snug") as upload_side:
+                files = gr.File(
+                    file_count="multiple",
+                    label="Pictures, and captions as .txt files of the same names",
+                    height=170,
+                    elem_id="files",
+                )
+                upload_thumbs = gr.HTML()
+                table = gr.Dataframe(
+                    headers=["Picture", "Caption"],
+                    datatype=["str", "str"],
+                    type="array",
+                    column_count=2,
+                    static_columns=[0],
+                    column_widths=["32%", "68%"],
+                    interactive=True,
+                    visible=False,
+                    max_height=260,
+                    label="Captions: press one to change it",
+                    elem_id="captions",
+                )
+                data_name = gr.Textbox(
+                    label="Name of the data set",
+                    placeholder="my-cat",
+                    info="The pictures are kept under this name for the next run.",
+                    elem_id="data-name",
+                )
+            add(
+                "data.caption",
+                info=False,
+                placeholder="a photo of my cat",
+                visible=False,
+            )
+            gr.HTML("<h2>2. What to train</h2>", elem_classes="heading")
+            with gr.Row():
+                add("output.name", info=False, placeholder="as the pictures")
+                add("base.model", info=False)
+            with gr.Row(elem_classes="tips"):
+                add("train.steps", min_width=90)
+                add("train.learning_rate", min_width=90)
+                add("train.batch_size", min_width=90)
+                add("adapter.rank", min_width=90)
+                add("data.resolution_px", min_width=90)
+                add("train.seed", min_width=90)
+            add("sample.prompts", lines=3)
+            with gr.Accordion("More settings", open=False, elem_id="more"):
+                _more_settings(form, config, add)
+            with gr.Column(elem_classes="start-bar"):
+                problems = gr.HTML(elem_id="problems")
+                start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+        with gr.Column(scale=6, min_width=320, elem_classes="run-side"):
+            panel = build_run_panel(handlers)
+
+    names = {part: name for name, part in form.items()}
+
+    def show_source(chosen: object, folder_id: object, paths: object) -> dict[Any, Any]:
+        uploading = chosen == "upload"
+        shown = handlers.show_upload(paths) if uploading else handlers.show_folder(folder_id)
+        return {
+            folder_side: gr.update(visible=not uploading),
+            upload_side: gr.update(visible=uploading),
+            caption: gr.update(visible=shown.lacks_captions),
+        }
+
+    caption = form["data.caption"]
+
+    def show_folder(folder_id: object) -> dict[Any, Any]:
+        shown = handlers.show_folder(folder_id)
+        return {thumbs: _shown_html(shown), caption: gr.update(visible=shown.lacks_captions)}
+
+    def show_upload(paths: object) -> dict[Any, Any]:
+        shown = handlers.show_upload(paths)
+        rows = [[file.name, caption] for file, caption in shown.pairs]
+        return {
+            upload_thumbs: _shown_html(shown),
+            table: gr.update(value=rows, visible=bool(rows)),
+            caption: gr.update(visible=shown.lacks_captions),
+        }
+
+    def press_start(data: dict[Component, Any]) -> dict[Any, Any]:
+        started = handlers.start(
+            {names[part]: value for part, value in data.items() if part in names},
+            data[source],
+            data[folder],
+            {"name": data[data_name], "files": data[files], "captions": data[table]},
+        )
+        updates: dict[Any, Any] = {problems: sentences_html(started.problems)}
+        if started.run:
+            updates[panel.run] = gr.update(choices=handlers.run_names(), value=started.run)
+            updates[form["output.name"]] = ""
+        if started.saved:
+            choices = [(one.label, one.id) for one in handlers.folders()]
+            updates |= {
+                source: "folder",
+                folder_side: gr.update(visible=True),
+                upload_side: gr.update(visible=False),
+                folder: gr.update(choices=choices, value=started.saved.id),
+                files: None,
+            }
+        return updates
+
+    quick = {"show_progress": "hidden", "queue": False}
+    source.input(show_source, [source, folder, files], [folder_side, upload_side, caption], **quick)
+    folder.change(
+        show_folder, folder, [thumbs, caption], show_progress="hidden", concurrency_id="look"
+    )
+    files.change(show_upload, files, [upload_thumbs, table, caption], concurrency_id="look")
+    start.click(
+        press_start,
+        {*form.values(), source, folder, data_name, files, table},
+        [problems, panel.run, form["output.name"], source, folder_side, upload_side, folder, files],
+        concurrency_id="trainer",
+        concurrency_limit=1,
+        show_progress="hidden",
+    ).then(**panel.refresh)
+
+    def fill() -> dict[Any, Any]:
+        offered = handlers.folders()
+        first = offered[0].id if offered else None
+        return {
+            folder: gr.update(choices=[(one.label, one.id) for one in offered], value=first),
+        } | show_folder(first)
+
+    gr.on(None, fill, None, [folder, thumbs, caption], **quick)
+    return TrainTab(panel)
+
+
+def _more_settings(form: dict[str, Component], config: Config, add: Any) -> None:
+    """Every setting that is not in the form yet, two in a row, under its group's heading."""
+    for group, title in GROUPS.items():
+        rest = [
+            name
+            for name in fields.FIELDS
+            if name.startswith(f"{group}.") and name not in OWN_FIELDS and name not in MAIN_FIELDS
+        ]
+        if not rest:
+            continue
+        gr.HTML(f"<h4>{title}</h4>")
+        for pair in zip(rest[::2], [*rest[1::2], None], strict=False):
+            with gr.Row():
+                for name in pair:
+                    if name:
+                        add(name)
+
+
+def _shown_html(shown: Shown) -> str:
+    return sentences_html(shown.problems) + thumbs_html(shown.pairs)
