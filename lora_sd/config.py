@@ -59,12 +59,12 @@ class AdapterGroup(Group):
     """Patterns of layers to leave alone; they win over preset and include."""
     rank: int = Field(16, ge=1, le=1024)
     """Inner size of the adapter in linear layers and 1x1 convolutions."""
-    alpha: float = Field(16.0, gt=0, le=4096, allow_inf_nan=False)
-    """Scaling of linear layers is alpha / rank."""
+    alpha: float | None = Field(None, gt=0, le=4096, allow_inf_nan=False)
+    """The update of linear layers is scaled by alpha / rank. Empty: the same as rank."""
     conv_rank: int = Field(8, ge=1, le=1024)
     """Inner size of the adapter in 3x3 convolutions; half the linear rank is usual."""
-    conv_alpha: float = Field(8.0, gt=0, le=4096, allow_inf_nan=False)
-    """Scaling of convolutions is conv_alpha / conv_rank."""
+    conv_alpha: float | None = Field(None, gt=0, le=4096, allow_inf_nan=False)
+    """The same for 3x3 convolutions: conv_alpha / conv_rank. Empty: the same as conv_rank."""
     clamp_ranks: bool = False
     """Give a layer that is too small for the rank the largest it allows (conv_out of Stable
     Diffusion allows 4), and say so, instead of refusing to start."""

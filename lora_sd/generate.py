@@ -1,5 +1,6 @@
 """Prompts -> images, with adapters merged or live, and a labelled grid of images by scale."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from lora_sd import durable
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel
 from lora_sd.merge import MergedWeights
@@ -117,7 +119,14 @@ def save_picture(picture: Image.Image, path: Path, settings: PictureSettings) ->
     info = PngInfo()
     info.add_text("lora_sd", json.dumps(asdict(settings)))
     info.add_text("prompt", settings.prompt)
-    picture.save(path, pnginfo=info)
+    write_png(picture, path, info)
+
+
+def write_png(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write a PNG at once: someone may be looking at the folder."""
+    data = io.BytesIO()
+    picture.save(data, "PNG", pnginfo=info)
+    durable.write_bytes(path, data.getvalue())
 
 
 def draw_grid(

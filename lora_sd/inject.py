@@ -65,16 +65,17 @@ def choose_layers(
     model: nn.Module,
     preset: str,
     rank: int,
-    alpha: float,
+    alpha: float | None,
     conv_rank: int,
-    conv_alpha: float,
+    conv_alpha: float | None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     clamp_ranks: bool = False,
 ) -> list[LayerPlan]:
     """The layers that a preset and patterns name, in the model's order.
 
-    A convolution with a kernel above 1 x 1 gets `conv_rank` and `conv_alpha`. A rank above a
+    A convolution with a kernel above 1 x 1 gets `conv_rank` and `conv_alpha`; an alpha of None
+    means alpha = rank. A rank above a
     layer's limit is an error, or with `clamp_ranks` becomes the limit; the scaling stays.
 
     Raises:
@@ -94,7 +95,8 @@ def choose_layers(
         if not any(matches(p, name) for p in wanted) or any(matches(p, name) for p in exclude):
             continue
         is_conv = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-        layer_rank, layer_alpha = (conv_rank, conv_alpha) if is_conv else (rank, alpha)
+        layer_rank, given = (conv_rank, conv_alpha) if is_conv else (rank, alpha)
+        layer_alpha = float(layer_rank if given is None else given)
         limit = rank_limit(layer)
         if layer_rank > limit and clamp_ranks:
             layer_rank, layer_alpha = limit, layer_alpha * limit / layer_rank

@@ -33,6 +33,7 @@ from lora_sd.generate import (
     generate,
     generate_at_scales,
     save_picture,
+    write_png,
 )
 from lora_sd.merge import MergedWeights
 from lora_sd.randomness import generator, picture_at
@@ -208,7 +209,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             # --- now and then: a checkpoint, sample pictures ---
             if step % config.output.save_every_steps == 0 or step == options.steps:
                 save()
-            if sample_every and step % sample_every == 0 and step < options.steps:
+            if sample_every and (step % sample_every == 0 or step == options.steps):
                 with record.during("sampling", f"drawing samples of step {step}"):
                     _draw_samples(base, run, step, samples, accelerator, beat)
 
@@ -363,7 +364,7 @@ def _draw_grid(
         merged = MergedWeights({"unet": base.unet})
         rows = generate_at_scales(base, merged, adapter, scales, settings, on_step)
         labels = [f"scale {scale:g}" for scale in scales]
-        draw_grid(rows, [one.prompt for one in settings], labels).save(run.grid_file)
+        write_png(draw_grid(rows, [one.prompt for one in settings], labels), run.grid_file)
         log.info("Grid: %s", run.grid_file)
 
 

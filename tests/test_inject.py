@@ -44,6 +44,11 @@ def test_convolutions_have_their_own_rank_and_1x1_ones_do_not(unet):
     assert plans["mid_block.attentions.0.proj_in"].rank == 2
 
 
+def test_alpha_follows_the_rank_unless_given(unet):
+    plans = {p.name: p for p in choose(unet, "full", alpha=None, conv_alpha=None)}
+    assert plans["conv_in"].alpha == 3 and plans["mid_block.attentions.0.proj_in"].alpha == 2
+
+
 def test_patterns_add_and_remove_layers(unet):
     names = {p.name for p in choose(unet, "attention", include=["conv_in"], exclude=["attn1.to_q"])}
     assert "conv_in" in names and not any(name.endswith("attn1.to_q") for name in names)

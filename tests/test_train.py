@@ -44,6 +44,7 @@ def test_a_run_leaves_what_the_folder_promises(run_settings, base):
     assert [file.name for file in run.sample_files()] == [
         "step_000000_00.png",
         "step_000003_00.png",
+        "step_000006_00.png",
     ]
     assert run.grid_file.is_file()
     assert [folder.name for folder in sorted(run.checkpoints.iterdir())] == [

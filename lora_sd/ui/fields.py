@@ -127,6 +127,8 @@ def _value(name: str, raw: Any) -> Any:
             raise ValueError("must be on or off")
         return raw
     if kind in (int, float):
+        if raw is None and NoneType in get_args(FIELDS[name].annotation):
+            return None
         return _number(raw, whole=kind is int)
     if not isinstance(raw, str | None):
         raise ValueError("must be text")
