@@ -150,6 +150,8 @@ class RunRecord:
         self._status.step = step
         self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
         self._bar.update()
+        if step == self._steps:
+            self._bar.close()
         if now - self._logged >= LOG_EVERY_S or step == self._steps:
             self._logged = now
             left = seconds / (step - self._first_step) * (self._steps - step)

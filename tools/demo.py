@@ -1,6 +1,6 @@
 """Say in three figures what a run on the embedded base has learned (`make demo` ends with it).
 
-python -m tools.demo [RUN]      the newest run under outputs/ by default
+`python -m tools.demo [RUN]`; by default the newest run under outputs/.
 """
 
 from collections.abc import Sequence

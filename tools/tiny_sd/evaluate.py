@@ -1,6 +1,6 @@
 """Measure how well a base draws what it is asked for.
 
-python tools/tiny_sd/evaluate.py --base assets/tiny-sd --out outputs/tiny-sd-evaluation.png
+python -m tools.tiny_sd.evaluate --base assets/tiny-sd --out outputs/tiny-sd-evaluation.png
 """
 
 import argparse
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from measure import Request, background_colour, load_reference, nearest_subjects
 from PIL import Image
+
+from tools.tiny_sd.measure import Request, background_colour, load_reference, nearest_subjects
 
 PROMPTS = 64
 BASE_STYLES = ("cartoon", "flat")
@@ -30,8 +31,8 @@ def fixed_requests() -> list[Request]:
 def draw(
     pipeline: StableDiffusionPipeline,
     prompts: list[str],
-    steps: int = 25,
-    guidance: float = 4.0,
+    steps: int = 20,
+    guidance: float = 2.0,
     seed: int = 0,
     batch_size: int = 16,
 ) -> list[Image.Image]:
@@ -62,8 +63,8 @@ def save_grid(images: list[Image.Image], path: Path, columns: int = 16, enlarge:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=Path("assets/tiny-sd"))
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also save the pictures as a grid")
     args = parser.parse_args()

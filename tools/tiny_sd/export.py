@@ -1,6 +1,6 @@
 """Turn the trained parts into `assets/tiny-sd/`: an fp16 StableDiffusionPipeline folder.
 
-    python tools/tiny_sd/export.py
+    python -m tools.tiny_sd.export
 
 Can be run while train_unet.py is still going: it takes the averaged weights of the last
 checkpoint.
@@ -13,11 +13,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from checkpoints import load_checkpoint
 from diffusers import StableDiffusionPipeline
-from models import new_pipeline, new_text_encoder, new_unet
-from tokenizer import build_tokenizer
-from train_unet import load_vae
+
+from tools.tiny_sd.checkpoints import load_checkpoint
+from tools.tiny_sd.models import new_pipeline, new_text_encoder, new_unet
+from tools.tiny_sd.tokenizer import build_tokenizer
+from tools.tiny_sd.train_unet import load_vae
 
 LIMIT_MB = 25
 

@@ -1,6 +1,6 @@
 """Write the example image folder and the reference sheets of `assets/`.
 
-python tools/tiny_sd/make_pictures.py
+python -m tools.tiny_sd.make_pictures
 """
 
 import argparse
@@ -8,8 +8,17 @@ import json
 from pathlib import Path
 
 from PIL import Image
-from render import SIZE_PX, fetch_icons, icon_svg, load_icons, on_background, render_sprites, sprite
-from subjects import COLOURS, EXAMPLES, HELD_OUT, STYLES, SUBJECTS, plain_caption
+
+from tools.tiny_sd.render import (
+    SIZE_PX,
+    fetch_icons,
+    icon_svg,
+    load_icons,
+    on_background,
+    render_sprites,
+    sprite,
+)
+from tools.tiny_sd.subjects import COLOURS, EXAMPLES, HELD_OUT, STYLES, SUBJECTS, plain_caption
 
 EXAMPLE_PX = 128
 COLUMNS = 13

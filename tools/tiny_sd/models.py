@@ -37,7 +37,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """About 6.3 M weights on 16x16x4 latents; the block types of SD 1.5, one layer a block."""
+    """5.0 M weights on 16x16x4 latents; the block types of SD 1.5, one layer a block."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -48,20 +48,24 @@ def new_unet() -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=3,  # the number of heads, under diffusers' historical name
-        norm_num_groups=16,
+        norm_num_groups=4,  # few and large, as in the VAE
     )
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Epsilon prediction with linear betas.
+    """Linear betas and v-prediction (Salimans and Ho 2022), as SD 2.1 has it.
 
     SD's scaled_linear leaves the mean colour of 16x16 latents visible in the last timestep, and
-    the sampler, which starts from pure noise, then misses the background colour.
+    the sampler, which starts from pure noise, then misses the background colour. With linear betas
+    the noisiest timesteps have a signal-to-noise ratio of 4e-5, where an error in a predicted
+    epsilon counts 158-fold in the picture: 1,700 steps of epsilon prediction gave no picture, 400
+    more steps of v-prediction did.
     """
     return DDIMScheduler(
         beta_schedule="linear",
         beta_start=0.0001,
         beta_end=0.02,
+        prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,

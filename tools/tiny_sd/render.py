@@ -12,7 +12,8 @@ import numpy as np
 import resvg_py
 import torch
 from PIL import Image, ImageColor
-from subjects import COLOURS, STYLES, SUBJECTS
+
+from tools.tiny_sd.subjects import COLOURS, STYLES, SUBJECTS
 
 SIZE_PX = 64
 FIGURE_PX = 58  # the longer side of every figure; the rest is margin

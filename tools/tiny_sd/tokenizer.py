@@ -4,8 +4,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from subjects import caption_words
 from transformers import CLIPTokenizer
+
+from tools.tiny_sd.subjects import caption_words
 
 MAX_LENGTH = 32
 WORD_END = "</w>"

@@ -1,6 +1,6 @@
 """Train the base's UNet and text encoder on cached latents of (subject, style, background).
 
-    torchrun --nproc-per-node 2 tools/tiny_sd/train_unet.py --steps 10000
+    torchrun --nproc-per-node 2 -m tools.tiny_sd.train_unet --steps 10000
 
 Needs train_vae.py's result. One process a core (OMP_NUM_THREADS=1) is half as fast again as one
 process with two threads. Run it again with the same arguments after a kill: it goes on from its
@@ -15,19 +15,19 @@ import time
 from pathlib import Path
 
 import torch
-from checkpoints import load_checkpoint, save_checkpoint
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from models import new_pipeline, new_scheduler, new_text_encoder, new_unet, new_vae
 from PIL import Image
-from render import colour_tensor, composite
-from subjects import BASE_STYLES, COLOURS, STYLES, SUBJECTS, random_caption
-from tokenizer import build_tokenizer
 from torch import distributed
 from torch.nn.functional import mse_loss
 from transformers import CLIPTokenizer
 
+from tools.tiny_sd.checkpoints import load_checkpoint, save_checkpoint
+from tools.tiny_sd.models import new_pipeline, new_scheduler, new_text_encoder, new_unet, new_vae
+from tools.tiny_sd.render import colour_tensor, composite
+from tools.tiny_sd.subjects import BASE_STYLES, COLOURS, STYLES, SUBJECTS, random_caption
+from tools.tiny_sd.tokenizer import build_tokenizer
+
 EMPTY_CAPTIONS = 0.1  # for classifier-free guidance
-MIN_SNR = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting"
 EMA_DECAY = 0.999
 PREVIEW_PROMPTS = [
     f"{subject}, {style_and_background}"
@@ -69,7 +69,7 @@ def save_preview(pipeline: StableDiffusionPipeline, path: Path) -> None:
     images = pipeline(
         PREVIEW_PROMPTS,
         num_inference_steps=20,
-        guidance_scale=4.0,
+        guidance_scale=2.0,
         generator=[torch.Generator().manual_seed(i) for i in range(len(PREVIEW_PROMPTS))],
     ).images
     grid = Image.new("RGB", (12 * 128, 2 * 128))
@@ -128,7 +128,6 @@ def main() -> None:
         trained.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
     alphas_cumprod = new_scheduler().alphas_cumprod
-    snr = alphas_cumprod / (1 - alphas_cumprod)
     step = 0
     if state := load_checkpoint(args.work / "unet.pt"):
         trained.load_state_dict(state["trained"])
@@ -177,20 +176,20 @@ def main() -> None:
         noise = torch.randn_like(clean)
         # stratified over the batch: the same distribution with less spread in the loss
         strata = (torch.arange(local_batch) + torch.rand(local_batch)) / local_batch
-        timesteps = (strata * len(snr)).long()
+        timesteps = (strata * len(alphas_cumprod)).long()
         signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        velocity = signal.sqrt() * noise - (1 - signal).sqrt() * clean
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
 
         text = text_encoder(tokens).last_hidden_state
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         predicted = unet(noisy, timesteps, text).sample
-        per_image = mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
-        loss = (per_image * (MIN_SNR / snr[timesteps]).clamp(max=1)).mean()
+        loss = mse_loss(predicted, velocity)
         loss.backward()
         if processes > 1:
             average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -207,8 +206,8 @@ def main() -> None:
         if step % 50 == 0:
             speed = (step - first_step) * args.batch_size / (now - started)
             print(
-                f"step {step}/{args.steps} loss {running_loss:.4f} mse {per_image.mean():.4f} "
-                f"lr {lr:.2e} {speed:.0f} images/s",
+                f"step {step}/{args.steps} loss {running_loss:.4f} "
+                f"norm {norm:.2f} lr {lr:.2e} {speed:.0f} images/s",
                 flush=True,
             )
         if now - saved > args.save_every_s:

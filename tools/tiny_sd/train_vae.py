@@ -1,6 +1,6 @@
 """Train the base's AutoencoderKL on icons of all four styles, on random backgrounds.
 
-    python tools/tiny_sd/train_vae.py --steps 5000
+    python -m tools.tiny_sd.train_vae --steps 5000
 
 Run it again with the same arguments after a kill: it goes on from its checkpoint.
 """
@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import torch
-from checkpoints import load_checkpoint, save_checkpoint
 from diffusers import AutoencoderKL
-from models import new_vae
 from PIL import Image
-from render import (
+
+from tools.tiny_sd.checkpoints import load_checkpoint, save_checkpoint
+from tools.tiny_sd.models import new_vae
+from tools.tiny_sd.render import (
     colour_tensor,
     composite,
     fetch_icons,
@@ -25,7 +26,7 @@ from render import (
     sprite,
     sprites_to_tensor,
 )
-from subjects import STYLES, SUBJECTS
+from tools.tiny_sd.subjects import STYLES, SUBJECTS
 
 KL_WEIGHT = 1e-4  # per latent value, against a mean error per pixel value
 
