@@ -30,7 +30,7 @@ from tools.tiny_sd.measure import (
 )
 
 SEEDS = (11, 12)
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 16, 2.0
 COMPARED = 8  # pictures drawn a second time, to compare scale 0 with the base bit for bit
 
 

@@ -1,6 +1,6 @@
 """Train the base's UNet and text encoder on cached latents of (subject, style, background).
 
-    torchrun --nproc-per-node 2 -m tools.tiny_sd.train_unet --steps 10000
+    torchrun --nproc-per-node 2 -m tools.tiny_sd.train_unet --steps 6200
 
 Needs train_vae.py's result. One process a core (OMP_NUM_THREADS=1) is half as fast again as one
 process with two threads. Run it again with the same arguments after a kill: it goes on from its
@@ -91,7 +91,7 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("outputs/tiny-sd-build"))
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=6200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)

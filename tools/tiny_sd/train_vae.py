@@ -1,6 +1,6 @@
 """Train the base's AutoencoderKL on icons of all four styles, on random backgrounds.
 
-    python -m tools.tiny_sd.train_vae --steps 5000
+    python -m tools.tiny_sd.train_vae --steps 4600
 
 Run it again with the same arguments after a kill: it goes on from its checkpoint.
 """
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("outputs/tiny-sd-build"))
     parser.add_argument("--icons", type=Path, help="folder with the unpacked npm packages")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4600)
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
