@@ -1,6 +1,7 @@
 """Load Stable Diffusion into its parts: the embedded base, a diffusers folder, or a hub id."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lora_sd.errors import BaseModelError, ConfigError
+from lora_sd.errors import BaseModelError, ConfigError, shown_list
 
 PROJECT = Path(__file__).resolve().parent.parent
 EMBEDDED = {"tiny-sd": PROJECT / "assets" / "tiny-sd"}
@@ -144,13 +146,15 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> Base
             model.
     """
     source = EMBEDDED.get(name, Path(name))
-    local = source.is_dir()
+    local = os.path.isdir(source)
     if local and not (source / "model_index.json").is_file():
         raise BaseModelError(
             f"'{name}' is not a diffusers folder: it holds no model_index.json. Name the folder "
             f"that does, or use 'tiny-sd'."
         )
-    if not local and (source.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if not local and (
+        os.path.exists(source) or name.count("/") != 1 or name.startswith((".", "/", "~"))
+    ):
         raise BaseModelError(
             f"There is no base model '{name}': it is no diffusers folder and no hub id. Known "
             f"names: {', '.join(EMBEDDED)}."
@@ -158,8 +162,23 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> Base
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
+        # Loaded by itself, because a pipeline fills in missing weights with random numbers.
+        text_encoder, info = CLIPTextModel.from_pretrained(
+            str(source) if local else name,
+            subfolder="text_encoder",
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"its text encoder lacks {len(missing)} weights, such as {shown_list(missing, 1)}"
+            )
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(source) if local else name,
+            text_encoder=text_encoder,
             dtype=dtype,
             safety_checker=None,
             feature_extractor=None,
@@ -167,7 +186,10 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> Base
             use_safetensors=True,
             local_files_only=local,
         )
-    except (OSError, ValueError, TypeError, HFValidationError) as error:
+    except (
+        OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
+        HFValidationError, SafetensorError,
+    ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[0]
         raise BaseModelError(f"The base model '{name}' cannot be loaded: {reason}") from error
     base = BaseModel(
@@ -185,6 +207,12 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> Base
 
 
 def _check(base: BaseModel) -> None:
+    parts = {"UNet": base.unet, "text encoder": base.text_encoder, "VAE": base.vae}
+    for part, model in parts.items():
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise BaseModelError(f"The base model '{base.name}' lacks weights of its {part}.")
+    if not 1 < base.tokenizer.model_max_length < 10_000 or not len(base.tokenizer):
+        raise BaseModelError(f"The base model '{base.name}' lacks its tokenizer.")
     channels, latents = base.unet.config.in_channels, base.vae.config.latent_channels
     if channels != latents:
         raise BaseModelError(

@@ -8,6 +8,7 @@ A checkpoint is a folder that appears with one rename, after every file in it is
 """
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from lora_sd import __version__, durable
 from lora_sd.adapter import Adapter
-from lora_sd.errors import RunError
+from lora_sd.errors import RunError, UserError
 from lora_sd.formats import save_adapter
 from lora_sd.run_folder import RunFolder
 
@@ -82,9 +83,10 @@ def save(
 
     try:
         durable.write_folder(final, fill)
-    except OSError as error:
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise RunError(
-            f"The checkpoint '{final}' could not be written: {error.strerror or error}. Earlier "
+            f"The checkpoint '{final}' could not be written: {reason}. Earlier "
             f"ones are whole; go on with --resume '{run.path}'."
         ) from error
     for old in _folders(run)[:-keep]:
@@ -138,7 +140,12 @@ def clean(run: RunFolder) -> int:
 
 def _folders(run: RunFolder) -> list[Path]:
     """Checkpoint folders by step, oldest first: by the name, never by the clock."""
-    return sorted(run.checkpoints.glob("step_*"), key=lambda folder: int(folder.name[5:] or 0))
+    folders = [
+        folder
+        for folder in run.checkpoints.glob("step_*")
+        if re.fullmatch(r"step_\d+", folder.name) and folder.is_dir()
+    ]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
 def _size(folder: Path) -> int:
@@ -149,12 +156,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """A manifest whose files are all as it says; ValueError with the reason otherwise."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
+        files = {name: (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
+        if not all(isinstance(group, dict) for group in manifest["config"].values()):
+            raise TypeError("groups of settings expected")
+        str(manifest["data"] + manifest["base"])
         wrong_step = manifest["step"] != int(folder.name[5:])
         version = manifest["format"]
     except FileNotFoundError:
         raise ValueError("it has no manifest") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise ValueError("its manifest is damaged") from None
     if version != FORMAT:
         raise ValueError(f"its format is {version}, and this version reads {FORMAT}")

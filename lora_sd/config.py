@@ -10,13 +10,18 @@ import argparse
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from lora_sd.errors import ConfigError
 
@@ -116,7 +121,7 @@ class SampleGroup(Group):
     """How strongly pictures follow the prompt (classifier-free guidance scale)."""
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """Seed of the first prompt's picture; the next prompt uses the next seed."""
-    scales: list[float] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    scales: list[Annotated[float, Field(allow_inf_nan=False)]] = [0.0, 0.25, 0.5, 0.75, 1.0]
     """Columns of the grid at the end: adapter scales, 0 being the base alone. None: no grid."""
 
 
@@ -187,7 +192,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, or not a mapping of settings.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceOnly)
     except FileNotFoundError:
         near = sorted(str(found) for found in path.parent.glob("*.yaml"))
         hint = f" That folder holds {', '.join(near)}." if near else ""
@@ -196,12 +201,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"'{path}' cannot be read as text: {error}.") from None
     except yaml.YAMLError as error:
         where = str(getattr(error, "problem_mark", "")).strip()
-        raise ConfigError(f"'{path}' is not valid YAML: {error.problem or error} {where}") from None  # type: ignore[attr-defined]
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"'{path}' is not valid YAML: {reason} {where}".rstrip()) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"'{path}' cannot be read as settings: {error}.") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"'{path}' must hold groups of settings such as 'train:', not a list.")
+    strange = [key for key in values if not isinstance(key, str) or key.startswith("_")]
+    if strange:
+        raise ConfigError([f"'{path}': there is no setting '{key}'." for key in strange])
     return values
+
+
+class _OnceOnly(yaml.SafeLoader):
+    """YAML as `safe_load` reads it, but a key given twice is an error, not a loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"'{key}' is given twice,"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse_command_line(
@@ -231,17 +254,20 @@ def parse_command_line(
         metavar="RUN",
         help="go on with an interrupted run, e.g. outputs/tiny",
     )
-    source: CliSettingsSource[_Parser] = CliSettingsSource(
-        Config,
-        root_parser=parser,
-        parse_args_method=_without_text_lists,
-        formatter_class=argparse.RawTextHelpFormatter,
-        cli_avoid_json=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_parse_args=list(argv),
-    )
-    flags = source()
+    try:
+        source: CliSettingsSource[_Parser] = CliSettingsSource(
+            Config,
+            root_parser=parser,
+            parse_args_method=_without_text_lists,
+            formatter_class=argparse.RawTextHelpFormatter,
+            cli_avoid_json=True,
+            cli_implicit_flags=True,
+            cli_hide_none_type=True,
+            cli_parse_args=list(argv),
+        )
+        flags = source()
+    except SettingsError as error:
+        raise ConfigError(f"A flag's value cannot be read: {error.__cause__ or error}.") from None
     plain = vars(parser.parse_args(list(argv)))
     for name in _text_lists():
         if plain.get(name):

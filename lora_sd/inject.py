@@ -83,7 +83,10 @@ def choose_layers(
             layer's limit; all problems at once.
     """
     layers = adaptable_layers(model)
-    problems = [
+    invalid = {pattern: why for pattern in (*include, *exclude) if (why := _invalid(pattern))}
+    include = [pattern for pattern in include if pattern not in invalid]
+    exclude = [pattern for pattern in exclude if pattern not in invalid]
+    problems = list(invalid.values()) + [
         f"'adapter.{option}': no layer matches '{pattern}'.{_nearest_layer(pattern, layers)}"
         for option, patterns in (("include", include), ("exclude", exclude))
         for pattern in patterns
@@ -239,16 +242,9 @@ def describe(plans: Sequence[LayerPlan], bytes_per_weight: int = 2) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a layer's path fits a pattern (module docstring).
-
-    Raises:
-        ConfigError: the pattern is not a valid regular expression.
-    """
+    """Whether a layer's path fits a pattern (module docstring)."""
     if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise ConfigError(f"'{pattern}' is not a valid regular expression: {error}.") from None
+        return re.fullmatch(pattern[3:], name) is not None
     if any(sign in pattern for sign in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.endswith(f".{pattern}")
@@ -267,6 +263,16 @@ def _kind(name: str) -> str:
     """A path without the blocks it lies in: 'attn1.to_q', 'ff.net.2', 'resnets.conv1'."""
     blocks = r"(down_blocks|up_blocks|attentions|transformer_blocks)\.\d+\.|mid_block\."
     return re.sub(r"s\.\d+\.(?=conv|time|\d)", "s.", re.sub(blocks, "", name))
+
+
+def _invalid(pattern: str) -> str:
+    """The sentence about a pattern that is no valid regular expression; '' when it is fine."""
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            return f"'{pattern}' is not a valid regular expression: {error}."
+    return ""
 
 
 def _nearest_layer(pattern: str, layers: dict[str, nn.Linear | nn.Conv2d]) -> str:

@@ -135,14 +135,14 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a last line that is still being written is left out."""
         try:
-            text = self.metrics_file.read_text(encoding="utf-8")
+            text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []
         return [record for line in text.splitlines() if (record := _record(line)) is not None]
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`, which a resumed run will write again."""
-        kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
+        kept = [record for record in self.read_metrics() if _step(record) <= step]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         durable.write_text(self.metrics_file, lines)
 
@@ -178,10 +178,13 @@ def create_run(root: Path, name: str | None, default_name: str, config_yaml: str
         run = RunFolder(root / candidate)
         try:
             run.path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise RunError(f"'{run.path}' cannot be made: {error.strerror or error}.") from None
+        except FileExistsError as error:
+            if os.path.lexists(run.path):
+                continue
+            raise RunError(f"'{run.path}' cannot be made: {error.strerror}.") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"'{run.path}' cannot be made: {reason}.") from None
         run.samples.mkdir()
         run.checkpoints.mkdir()
         durable.write_text(run.config_file, config_yaml)
@@ -212,6 +215,12 @@ def open_run(root: Path, name: str) -> RunFolder:
     if not NAME_PATTERN.fullmatch(name) or not (root / name / "config.yaml").is_file():
         raise RunError(f"There is no run '{name}' in '{root}'.")
     return RunFolder(root / name)
+
+
+def _step(record: dict[str, Any]) -> float:
+    """The step of a line; a line without one sorts behind every step."""
+    step = record.get("step")
+    return step if isinstance(step, int) else float("inf")
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -69,7 +69,13 @@ class RunRecord:
                 status = self._run.read_status()
                 who = f"process {status.pid}" if status else "another process"
                 raise RunError(f"'{self._run.path}' is being trained by {who} now.") from None
-            file = logging.FileHandler(self._run.log_file, encoding="utf-8")
+            except OSError as error:
+                raise RunError(f"'{self._run.path}' cannot be used: {error.strerror}.") from None
+            try:
+                file = logging.FileHandler(self._run.log_file, encoding="utf-8")
+            except OSError as error:
+                self._lock.release()
+                raise RunError(f"'{self._run.path}' cannot be used: {error.strerror}.") from None
             file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             self._handlers = [_AboveTheBar(), file]
         log.setLevel(logging.INFO if self._is_main else logging.CRITICAL)
@@ -84,7 +90,8 @@ class RunRecord:
         if self._bar is not None:
             self._bar.close()
         if isinstance(error, UserError):
-            self.state("failed", " ".join(error.problems))
+            if self._written:  # otherwise it was refused before it began: all is as it was
+                self.state("failed", " ".join(error.problems))
         elif error is not None:
             log.error("The run failed.", exc_info=error)
             self.state("failed", f"{type(error).__name__}: {error}")

@@ -20,10 +20,10 @@ from torch import Tensor
 from lora_sd import __version__, checkpoint, inject, loss
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
-from lora_sd.config import Config, config_from_values, parse_command_line, read_yaml
+from lora_sd.config import Config
 from lora_sd.data.cache import Cache, encode
 from lora_sd.data.folder import read_folder
-from lora_sd.errors import EXIT_RESUMABLE, ConfigError, Problems, RunError
+from lora_sd.errors import EXIT_RESUMABLE, Problems, RunError
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.generate import (
     Cancelled,
@@ -41,24 +41,6 @@ from lora_sd.run_folder import RunFolder, create_run
 from lora_sd.run_record import RunRecord, StopRequest
 
 log = logging.getLogger("lora_sd")
-
-
-def main(argv: Sequence[str]) -> int:
-    """Train as the command line says; the exit status (0 finished, 75 stopped and resumable)."""
-    values, config_file, resume = parse_command_line(argv, "train_sd_lora.py")
-    if resume is None:
-        default_name = config_file.stem if config_file else "run"
-        if config_file and config_file.name == "config.yaml":  # a run's own, to run it again
-            default_name = config_file.resolve().parent.name
-        return train(config_from_values(values), default_name)
-    if values:
-        raise ConfigError(
-            "--resume goes on with the run's own settings; give it alone, or start a new run."
-        )
-    run = RunFolder(resume)
-    if not run.config_file.is_file():
-        raise RunError(f"'{resume}' is not a run folder: it holds no config.yaml.")
-    return train(config_from_values(read_yaml(run.config_file)), run.name, run)
 
 
 def train(config: Config, default_name: str, resumed: RunFolder | None = None) -> int:
@@ -98,7 +80,6 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
 
     with RunRecord(run, options.steps, is_main) as record:
         # --- the adapter and its optimizer ---
-        record.state("starting", "preparing the adapter")
         layers = inject.attach(base.unet, plans, config.adapter.init, options.seed)
         parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -118,9 +99,10 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         step = 0
         if resumed is not None:
             step = _restore(run, identity, layers, optimizer, lr_schedule, accelerator)
-            if step >= options.steps and run.adapter_file.is_file():
+            wants_grid = bool(config.sample.prompts and config.sample.scales)
+            has_result = run.adapter_file.is_file() and (run.grid_file.is_file() or not wants_grid)
+            if step >= options.steps and has_result:
                 log.info("'%s' is complete already.", run.path)
-                record.state("finished", "", step)
                 return 0
 
         def beat(*_: int) -> bool:
@@ -192,13 +174,14 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                     accelerator.backward(batch_loss / options.gradient_accumulation)
                 mean_loss += batch_loss.detach() / options.gradient_accumulation
             loss_value = float(accelerator.reduce(mean_loss, "mean"))
-            if not math.isfinite(loss_value):
-                raise RunError(
-                    f"The loss became {loss_value} at step {step + 1}, and the run stopped. Lower "
-                    f"train.learning_rate, or set train.mixed_precision to bf16 or no. What was "
-                    f"saved before is whole."
-                )
             grad_norm = float(accelerator.clip_grad_norm_(parameters, options.max_grad_norm))
+            gradient_is_bad = accelerator.scaler is None and not math.isfinite(grad_norm)
+            if not math.isfinite(loss_value) or gradient_is_bad:
+                raise RunError(
+                    f"The loss became {loss_value}, its gradient {grad_norm}, at step {step + 1}, "
+                    f"and the run stopped. Lower train.learning_rate, or set train.mixed_precision "
+                    f"to bf16 or no. What was saved before is whole."
+                )
             lr = lr_schedule.get_last_lr()[0]
             optimizer.step()
             lr_schedule.step()
@@ -273,6 +256,11 @@ def _restore(
         log.warning("Note: %s", reason)
     step = 0
     if folder is None:
+        if run.adapter_file.exists():
+            raise RunError(
+                f"'{run.path}' has its result but no checkpoints to go on from. It is left as it "
+                f"is; start a new run."
+            )
         log.info("Nothing was saved before the run stopped: it begins again.")
     else:
         shapes = {f"unet.{name}": layer.weight.shape for name, layer in layers.items()}

@@ -40,6 +40,7 @@ def test_yaml_out_reads_back_the_same():
     [
         (["--train.stps", "4"], "Did you mean '--train.steps'"),
         (["--train.steps"], "expected one argument"),
+        (["--sample.scales", "[0,"], "A flag's value cannot be read"),
         (["--train.steps", "many"], "'train.steps' is 'many'"),
         (["--train.steps", "0"], "'train.steps' is '0'.*greater than or equal to 1"),
         (["--train.learning_rate", "nan"], "finite"),
@@ -62,6 +63,12 @@ def test_a_wrong_flag_is_a_sentence(argv, said):
         ("train: 3", "'train' is 3"),
         ("- a list", "must hold groups"),
         ("train: {", "not valid YAML"),
+        ("train: {steps: 3, steps: 2}", "'steps' is given twice"),
+        ("1: x", "there is no setting '1'"),
+        ("_cli_parse_args: true", "there is no setting '_cli_parse_args'"),
+        ("train: {steps: \x07}", "not valid YAML"),
+        ("a: 2020-13-45", "cannot be read as settings"),
+        ("sample: {scales: [.inf]}", "'sample.scales.0'.*finite"),
     ],
 )
 def test_a_wrong_file_is_a_sentence(tmp_path, text, said):

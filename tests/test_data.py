@@ -72,6 +72,11 @@ def white(path, **options):
     Image.new("RGB", (8, 8), "white").save(path, **options)
 
 
+def test_an_ending_in_capitals_is_a_caption_too(image_folder):
+    (image_folder / "0.txt").rename(image_folder / "0.TXT")
+    assert read_folder(image_folder, PICTURE_PX, "a wall").examples[0].caption == "a red wall"
+
+
 def test_captions_that_belong_to_no_image_are_noticed(image_folder):
     (image_folder / "9.txt").write_text("lost")
     assert "'9.txt'" in read_folder(image_folder, PICTURE_PX).notices[0]

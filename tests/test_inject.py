@@ -65,6 +65,12 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(unet):
         choose(unet, include=["to_qq"])
 
 
+def test_a_wrong_expression_is_told_with_the_other_problems(unet):
+    with pytest.raises(ConfigError) as caught:
+        choose(unet, include=["re:["], exclude=["nowhere"], rank=500)
+    assert len(caught.value.problems) == 3 and "'re:['" in str(caught.value)
+
+
 def test_a_rank_above_the_limit_names_layer_and_limit(unet):
     with pytest.raises(ConfigError, match=r"'adapter.rank' is 9.*at most 8"):
         choose(unet, rank=9)

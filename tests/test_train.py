@@ -1,6 +1,7 @@
 """The trainer: only adapters learn, nothing is lost, and a resumed run is the same run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import yaml
 from conftest import PROJECT
 
+import train_sd_lora
 from lora_sd import train as trainer
 from lora_sd.config import config_from_values
 from lora_sd.errors import EXIT_RESUMABLE, RunError, UserError
@@ -29,7 +31,7 @@ def train(settings: Settings) -> RunFolder:
 
 
 def resume(run: RunFolder) -> int:
-    return trainer.main(["--resume", str(run.path)])
+    return train_sd_lora.main(["--resume", str(run.path)])
 
 
 def losses(run: RunFolder) -> list[float]:
@@ -190,11 +192,41 @@ def test_a_finished_run_is_left_alone(run_settings):
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
-def test_changed_pictures_stop_a_resume(run_settings):
+def test_changed_pictures_stop_a_resume_and_the_run_stays_as_it_is(run_settings):
     run = train(run_settings)
+    status = run.status_file.read_bytes()
     (Path(run_settings["data"]["folder"]) / "0.txt").write_text("something else")
     with pytest.raises(RunError, match="captions have changed"):
         resume(run)
+    assert run.status_file.read_bytes() == status
+
+
+def test_a_result_without_checkpoints_is_never_trained_over(run_settings):
+    run = train(run_settings)
+    before = run.adapter_file.read_bytes()
+    for folder in run.checkpoints.iterdir():
+        shutil.rmtree(folder)
+    with pytest.raises(RunError, match="no checkpoints to go on from"):
+        resume(run)
+    assert run.adapter_file.read_bytes() == before
+
+
+def test_a_run_that_was_killed_before_its_grid_draws_it_when_resumed(run_settings):
+    run_settings["sample"] = {"prompts": ["a red wall"], "steps": 2}
+    run = train(run_settings)
+    run.grid_file.unlink()
+    assert resume(run) == 0
+    assert run.grid_file.is_file()
+
+
+def test_strangers_among_the_checkpoints_are_left_alone(run_settings):
+    run_settings["output"]["keep_checkpoints"] = 2
+    run = train(run_settings)
+    run.adapter_file.unlink()
+    (run.checkpoints / "step_000004 copy").mkdir()
+    (run.checkpoints / "step_notes").write_text("mine")
+    assert resume(run) == 0
+    assert (run.checkpoints / "step_notes").read_text() == "mine"
 
 
 def test_a_taken_name_is_refused_before_anything_is_written(run_settings):
@@ -209,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_settings, monkeypatch):
     monkeypatch.setattr(
         trainer.loss, "squared_error", lambda prediction, target: prediction.mean() * torch.nan
     )
-    with pytest.raises(RunError, match="loss became nan at step 1"):
+    with pytest.raises(RunError, match="loss became nan.* at step 1"):
         train(run_settings)
     run = RunFolder(Path(run_settings["output"]["folder"]) / "run")
     assert run.read_status().state == "failed" and not run.adapter_file.exists()

@@ -56,3 +56,17 @@ def test_problems_of_every_kind_come_at_once() -> None:
     with pytest.raises(UserError) as caught:
         fields.config_from_form({"train.steps": None, "train.batch_size": 0, "adapter.rank": -1})
     assert len(caught.value.problems) == 3
+
+
+def test_a_number_that_may_be_empty_stays_empty_through_the_form():
+    form = fields.form_values(Config(), fields.FIELDS)
+    assert fields.component("adapter.alpha", None).value in ("", None)
+    form = {name: _as_shown(name, value) for name, value in form.items()}
+    assert fields.config_from_form(form | {"adapter.alpha": ""}).adapter.alpha is None
+    assert fields.config_from_form(form | {"adapter.alpha": " 4 "}).adapter.alpha == 4
+    with pytest.raises(UserError, match="no number"):
+        fields.config_from_form(form | {"adapter.alpha": "much"})
+
+
+def _as_shown(name: str, value: Any) -> Any:
+    return fields.component(name, value).value

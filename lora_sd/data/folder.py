@@ -1,6 +1,7 @@
 """Find and check the images and captions of a training folder, before anything else happens."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +49,15 @@ def read_folder(folder: Path, resolution_px: int, caption: str | None = None) ->
     Raises:
         DataError: no folder, no images, or images and captions that cannot be used: all at once.
     """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise DataError(f"The image folder '{folder}' {what}.")
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    try:
+        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"The image folder '{folder}' cannot be read: {error.strerror}.") from None
+    texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
+    caption = (caption or "").strip()
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     foreign = [file for file in files if file.suffix.lower() in OTHER_PICTURES]
     if not images:
@@ -70,7 +76,7 @@ def read_folder(folder: Path, resolution_px: int, caption: str | None = None) ->
         if notice:
             notices.append(f"'{file.name}' {notice}.")
         try:
-            own_caption = read_caption(file.with_suffix(".txt"))
+            own_caption = read_caption(texts.get(file.stem, file.with_suffix(".txt")))
         except DataError as error:
             problems += error.problems
             continue
@@ -80,7 +86,8 @@ def read_folder(folder: Path, resolution_px: int, caption: str | None = None) ->
             continue
         small += min(picture.size) < resolution_px
         examples.append(Example(file, text, resolution_px))
-        digest.update(f"{file.name}\n{text}\n{resolution_px}\n".encode())
+        digest.update(os.fsencode(file.name))
+        digest.update(f"\n{text}\n{resolution_px}\n".encode())
         digest.update(square(picture, resolution_px).tobytes())
     if without_caption:
         first = Path(without_caption[0])
@@ -95,11 +102,8 @@ def read_folder(folder: Path, resolution_px: int, caption: str | None = None) ->
         raise DataError([*shown, f"... and {more} more problems."] if more > 0 else problems)
     if small:
         notices.append(f"{small} images are smaller than {resolution_px} px and were enlarged.")
-    orphans = [
-        file.name
-        for file in files
-        if file.suffix.lower() == ".txt" and not any(i.stem == file.stem for i in images)
-    ]
+    stems = {image.stem for image in images}
+    orphans = [file.name for stem, file in texts.items() if stem not in stems]
     if orphans:
         notices.append(f"{len(orphans)} captions belong to no image: {shown_list(orphans)}.")
     return ImageFolder(examples, notices, digest.hexdigest())

@@ -5,6 +5,7 @@ transparent pixels show their hidden colour, and the camera's rotation is ignore
 """
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def read_image(path: Path) -> tuple[Image.Image, str]:
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableImage("has more than 64 million pixels") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         raise UnreadableImage(f"is damaged or cut short ({error})") from None
     return picture, "is animated: its first frame is used" if animated else ""
 

@@ -62,6 +62,8 @@ def component(name: str, value: Any, *, info: bool = True, **options: Any) -> Co
         return gr.Dropdown(list(get_args(kind)), value=value, **shared)
     if kind is bool:
         return gr.Checkbox(value, **shared)
+    if kind in (int, float) and _may_be_empty(name):  # Gradio's number field turns empty into 0
+        return gr.Textbox("" if value is None else _plain(value), **shared)
     if kind in (int, float):
         return gr.Number(value, **shared)
     if get_origin(kind) is list:
@@ -127,7 +129,7 @@ def _value(name: str, raw: Any) -> Any:
             raise ValueError("must be on or off")
         return raw
     if kind in (int, float):
-        if raw is None and NoneType in get_args(FIELDS[name].annotation):
+        if _may_be_empty(name) and (raw is None or raw == ""):
             return None
         return _number(raw, whole=kind is int)
     if not isinstance(raw, str | None):
@@ -139,7 +141,11 @@ def _value(name: str, raw: Any) -> Any:
         if get_args(kind) == (str,):
             return [line.strip() for line in text.splitlines() if line.strip()]
         return [_number(part, whole=False) for part in text.replace(",", " ").split()]
-    return text or (None if NoneType in get_args(FIELDS[name].annotation) else "")
+    return text or (None if _may_be_empty(name) else "")
+
+
+def _may_be_empty(name: str) -> bool:
+    return NoneType in get_args(FIELDS[name].annotation)
 
 
 def _number(raw: Any, whole: bool) -> int | float:
