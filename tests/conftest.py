@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,8 +13,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lora_sd import inject
+from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel, load_base_model
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -34,6 +38,21 @@ def make_unet(**changes: object) -> UNet2DConditionModel:
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
     return UNet2DConditionModel(**{**options, **changes}).eval()
+
+
+def choose(
+    unet: nn.Module, preset: str = "attention-conv", **changes: Any
+) -> list[inject.LayerPlan]:
+    """Layers of a small UNet, with ranks that fit all of them."""
+    options = {"rank": 2, "alpha": 2, "conv_rank": 3, "conv_alpha": 1, **changes}
+    return inject.choose_layers(unet, preset, **options)
+
+
+def randomise(unet: nn.Module) -> None:
+    """Give every lora_up values, as training does."""
+    torch.manual_seed(5)
+    for layer in inject.lora_layers(unet).values():
+        nn.init.normal_(layer.lora_up.weight, std=0.3)
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -96,6 +115,15 @@ def base(model_folder: Path) -> BaseModel:
 def unet() -> UNet2DConditionModel:
     """A small UNet."""
     return make_unet()
+
+
+@pytest.fixture
+def adapter() -> Adapter:
+    """An adapter of every layer of `unet`, as if trained."""
+    unet = make_unet()
+    inject.attach(unet, choose(unet, "full"))
+    randomise(unet)
+    return inject.collect(unet)
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, make_unet
+from conftest import PROJECT, choose, make_unet, randomise
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
-from test_inject import choose, randomise
 
 from lora_sd import inject
 from lora_sd.durable import sha256_bytes
@@ -21,14 +20,6 @@ from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.formats.kohya import key_of
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.merge import MergedWeights
-
-
-@pytest.fixture
-def adapter():
-    unet = make_unet()
-    inject.attach(unet, choose(unet, "full"))
-    randomise(unet)
-    return inject.collect(unet)
 
 
 @pytest.fixture

@@ -4,11 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_unet
 from PIL import Image
-from test_inject import choose, randomise
 
-from lora_sd import inject
 from lora_sd.generate import (
     Cancelled,
     PictureSettings,
@@ -22,14 +19,6 @@ from lora_sd.merge import MergedWeights
 
 def one(seed=1, prompt="a red wall"):
     return PictureSettings(prompt, seed=seed, steps=3, guidance=2)
-
-
-@pytest.fixture
-def adapter():
-    unet = make_unet()
-    inject.attach(unet, choose(unet, "full"))
-    randomise(unet)
-    return inject.collect(unet)
 
 
 def pixels(pictures):

@@ -2,23 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_unet
+from conftest import choose, make_unet, randomise
 from torch import nn
 
 from lora_sd import inject
 from lora_sd.errors import AdapterError, ConfigError
 from lora_sd.layers import ConvLoRA
-
-
-def choose(unet, preset="attention-conv", **changes):
-    options = {"rank": 2, "alpha": 2, "conv_rank": 3, "conv_alpha": 1, **changes}
-    return inject.choose_layers(unet, preset, **options)
-
-
-def randomise(unet):
-    torch.manual_seed(5)
-    for layer in inject.lora_layers(unet).values():
-        nn.init.normal_(layer.lora_up.weight, std=0.3)
 
 
 @pytest.mark.parametrize(

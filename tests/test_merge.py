@@ -3,19 +3,10 @@
 import pytest
 import torch
 from conftest import make_unet
-from test_inject import choose, randomise
 
 from lora_sd import inject
 from lora_sd.errors import AdapterError
 from lora_sd.merge import MergedWeights
-
-
-@pytest.fixture
-def adapter():
-    unet = make_unet()
-    inject.attach(unet, choose(unet, "full"))
-    randomise(unet)
-    return inject.collect(unet)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3, -1.0, 2.0])

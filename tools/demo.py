@@ -3,6 +3,8 @@
 `python -m tools.demo [RUN]`; by default the newest run under outputs/.
 """
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
     run = runs[0]
     base = load_base_model("tiny-sd", pick_device(), torch.float32)
     figures = measure(base, load_adapter(run.adapter_file, layer_shapes(base.unet)))
+    python = os.path.relpath(sys.executable)
     print(f"""
 On {len(load_reference().held_out_subjects)} subjects that the training pictures do not hold:
   new style:  {figures.shift:.0%} of the way from the base's colours to real ink drawings
@@ -103,7 +106,7 @@ On {len(load_reference().held_out_subjects)} subjects that the training pictures
 
 The adapter:    {run.adapter_file}
 What it does:   {run.grid_file}   (each row a prompt, from scale 0 to 1)
-Try it:         python app.py     (the Generate tab; move the scale)
+Try it:         {python} app.py     (the Generate tab; move the scale)
 Your pictures:  put them with captions into a folder, then add --data.folder FOLDER to
                 accelerate launch --quiet train_sd_lora.py --config configs/tiny.yaml""")
     return 0
