@@ -1,14 +1,11 @@
 """The app: `python app.py`, then open the address that it prints."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: idle threads sleep
-
-from lora_sd.errors import run_program  # noqa: E402
-from lora_sd.ui import server  # noqa: E402
+from lora_sd.errors import run_program
+from lora_sd.ui import server
 
 
 def main(argv: Sequence[str]) -> int:
