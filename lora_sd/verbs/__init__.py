@@ -1,0 +1,17 @@
+"""The verbs of `python -m lora_sd`, a file each: the verb as a function, its flags, and `run`.
+
+A verb's file has `DESCRIPTION` and `EXAMPLE` for its help, `add_arguments(parser)` and
+`run(options)`, which returns the exit status. It imports torch only inside its functions, so that
+`--help` and mistyped flags are answered at once.
+"""
+
+SUMMARIES = {
+    "inspect": "show what an adapter holds: ranks, norms, spectrum, metadata; a table or a plot",
+    "convert": "write an adapter in another format or precision",
+    "resize": "lower an adapter's rank: to a rank, a share of its energy, or a file size",
+    "combine": "make one adapter of several, each at its scale",
+    "extract": "make an adapter of what a fine-tuned model has more than its base",
+    "bake": "put adapters into a base model for good",
+    "verify": "check that an adapter file loads whole in every client",
+}
+"""What each verb does, in a line; its file has the same name."""

@@ -1,0 +1,92 @@
+"""What the verbs' command lines share: errors as sentences, output files, progress."""
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from lora_sd.errors import ConfigError, UserError
+
+DTYPES = ("float16", "bfloat16", "float32")
+FORMATS = ("kohya", "diffusers")
+
+Item = TypeVar("Item")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are ours to phrase: a sentence with the nearest flag, instead of a page of usage."""
+
+    def __init__(self, prog: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"example:\n{example.rstrip()}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            raise ConfigError([_unknown(word, known) for word in unknown])
+        raise ConfigError(
+            f"{message[:1].upper()}{message[1:].rstrip('.')}. `{self.prog} --help` explains."
+        )
+
+
+def _unknown(word: str, flags: Sequence[str]) -> str:
+    if word.startswith("-"):
+        return f"There is no flag '{word}'.{nearest(word.split('=')[0], flags)}"
+    return f"'{word}' is one argument too many."
+
+
+def nearest(wrong: str, known: Iterable[str]) -> str:
+    """` Did you mean '...'?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """--output and --overwrite."""
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", required=True, help="the file to write"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write it even if the file exists already"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype; None stands for the source's own."""
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="precision of the numbers (default: as in the source)"
+    )
+
+
+def check_output(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
+    """Whether `path` may be written, asked before any work is done.
+
+    Raises:
+        UserError: it exists and `overwrite` is False, its folder does not exist, it is a folder,
+            or its name does not end in `suffix`.
+    """
+    problems = []
+    if path.suffix.lower() != suffix:
+        problems.append(f"The output '{path}' must end in '{suffix}'.")
+    if path.is_dir():
+        problems.append(f"The output '{path}' is a folder; name a file in it.")
+    elif path.exists() and not overwrite:
+        problems.append(f"'{path}' exists already. Name another file, or add --overwrite.")
+    elif not path.parent.is_dir():
+        problems.append(f"There is no folder '{path.parent}' to write '{path.name}' into.")
+    if problems:
+        raise UserError(problems)
+
+
+def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
+    """The items, with a progress bar on stderr where that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, total=total, unit="layer", leave=False, disable=None)
