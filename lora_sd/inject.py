@@ -1,24 +1,33 @@
-"""Choose layers of a UNet, put adapters into them, take them out, and collect what was trained.
+"""Choose layers of a model, put adapters into them, take them out, and collect what was trained.
 
-A pattern names layers by their dotted path in the model:
+A model is a UNet alone, or its parts by component: {'unet': unet, 'text_encoder': text_encoder}.
+Layers have full names, as in `adapter`. A pattern names layers by their full name, or by the path
+behind the component:
+
     'attn2.to_k'        every layer whose path ends in it, at a dot
     'up_blocks.1.*'     a glob over the whole path
     're:.*attn1.*to_v'  a regular expression over the whole path
+    'block:up.1'        a block: down.0 to down.3, mid, up.0 to up.3, rest, text_encoder;
+                        'block:mid/conv' and 'block:mid/linear' only its convolutions or the others
 """
 
 import fnmatch
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Size, nn
 
-from lora_sd.adapter import Adapter, LoRAWeights
+from lora_sd.adapter import Adapter
 from lora_sd.errors import AdapterError, ConfigError, shown_list
-from lora_sd.layers import ConvLoRA, LinearLoRA, LoRALayer, rank_limit
+from lora_sd.layers import KINDS, Adaptable, LayerOptions, LoRALayer, innermost, rank_limit
+from lora_sd.parts import TEXT_ENCODERS, Scales, block_of, component_of, is_conv
+
+Model = nn.Module | Mapping[str, nn.Module]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -33,36 +42,56 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "attention-conv": ATTENTION + FEED_FORWARD + CONVOLUTION,
     "full": ("*",),
 }
+# All four of the attention or none: A1111 and diffusers drop or refuse anything less.
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_FEED_FORWARD = ("mlp.fc1", "mlp.fc2")
+TEXT_PRESETS: dict[str, tuple[str, ...]] = {
+    preset: TEXT_ATTENTION + (() if preset == "attention" else TEXT_FEED_FORWARD)
+    for preset in PRESETS
+}
+TOKENS = "token_embedding"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to adapt, with the rank and alpha it gets."""
+    """One layer to adapt, by its full name, with the rank and alpha it gets."""
 
     name: str
     rank: int
     alpha: float
-    is_conv: bool
-    parameters: int
+    weight_shape: Size
+
+    def weights(self, options: LayerOptions) -> int:
+        """How many numbers its part of a file holds, without alpha."""
+        outputs, inputs = self.weight_shape[0], self.weight_shape[1:].numel()
+        ranks = 2 * self.rank if options.init == "pissa" else self.rank
+        return ranks * (inputs + outputs) + outputs * (options.dora + options.up_bias)
 
 
-def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every linear and convolution layer by its path; where one is adapted already, its base."""
-    found: dict[str, nn.Linear | nn.Conv2d] = {}
-    for name, module in _walk(model):
-        layer = module.base if isinstance(module, LoRALayer) else module
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+def components_of(model: Model) -> dict[str, nn.Module]:
+    """The parts of a model by component; a module alone is a UNet."""
+    return {"unet": model} if isinstance(model, nn.Module) else dict(model)
+
+
+def adaptable_layers(model: Model) -> dict[str, Adaptable]:
+    """Every linear and convolution layer, and the text encoders' token tables, by full name; where
+    one is adapted already, the plain layer under it."""
+    found: dict[str, Adaptable] = {}
+    for name, (module, _) in _walk(model):
+        layer = innermost(module)
+        is_tokens = isinstance(layer, nn.Embedding) and name.endswith(TOKENS)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) or is_tokens:
             found[name] = layer
     return found
 
 
-def layer_shapes(model: nn.Module, component: str = "unet") -> dict[str, Size]:
-    """Weight shape of every adaptable layer, by full name ('unet.' and the path)."""
-    return {f"{component}.{n}": layer.weight.shape for n, layer in adaptable_layers(model).items()}
+def layer_shapes(model: Model) -> dict[str, Size]:
+    """Weight shape of every adaptable layer, by full name."""
+    return {name: layer.weight.shape for name, layer in adaptable_layers(model).items()}
 
 
 def choose_layers(
-    model: nn.Module,
+    model: Model,
     preset: str,
     rank: int,
     alpha: float | None,
@@ -70,158 +99,216 @@ def choose_layers(
     conv_alpha: float | None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    ranks: Sequence[str] = (),
     clamp_ranks: bool = False,
 ) -> list[LayerPlan]:
     """The layers that a preset and patterns name, in the model's order.
 
     A convolution with a kernel above 1 x 1 gets `conv_rank` and `conv_alpha`; an alpha of None
-    means alpha = rank. A rank above a
-    layer's limit is an error, or with `clamp_ranks` becomes the limit; the scaling stays.
+    means alpha = rank. A rank of 0 leaves the layer alone. A token table is chosen only by a
+    pattern of `include` that ends in its name.
+
+    Args:
+        ranks: ranks of their own for some of the chosen layers, 'PATTERN=RANK' or
+            'PATTERN=RANK:ALPHA'; without alpha the scaling stays. The last that fits counts.
+        clamp_ranks: give a layer too small for its rank its limit, at the same scaling, instead of
+            an error.
 
     Raises:
         ConfigError: a pattern that matches nothing, nothing chosen at all, or ranks above a
             layer's limit; all problems at once.
     """
     layers = adaptable_layers(model)
-    invalid = {pattern: why for pattern in (*include, *exclude) if (why := _invalid(pattern))}
-    include = [pattern for pattern in include if pattern not in invalid]
-    exclude = [pattern for pattern in exclude if pattern not in invalid]
-    problems = list(invalid.values()) + [
-        f"'adapter.{option}': no layer matches '{pattern}'.{_nearest_layer(pattern, layers)}"
-        for option, patterns in (("include", include), ("exclude", exclude))
-        for pattern in patterns
-        if not any(matches(pattern, name) for name in layers)
-    ]
-    wanted = [*PRESETS[preset], *include]
-    plans, too_large = [], []
+    problems: list[str] = []
+    rules = [rule for text in ranks if (rule := _rank_rule(text, problems))]
+
+    def usable(setting: str, pattern: str, names: Iterator[str] | list[str]) -> bool:
+        wrong = _invalid(pattern)
+        if not wrong and not any(_is_meant(pattern, name, layers[name]) for name in names):
+            wrong = f"'adapter.{setting}': no layer matches '{pattern}'."
+            wrong += _nearest_layer(pattern, layers)
+        if wrong:
+            problems.append(wrong)
+        return not wrong
+
+    include = [p for p in include if usable("include", p, list(layers))]
+    exclude = [p for p in exclude if usable("exclude", p, list(layers))]
+    chosen = []
     for name, layer in layers.items():
-        if not any(matches(p, name) for p in wanted) or any(matches(p, name) for p in exclude):
-            continue
-        is_conv = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-        layer_rank, given = (conv_rank, conv_alpha) if is_conv else (rank, alpha)
+        presets = TEXT_PRESETS if component_of(name) in TEXT_ENCODERS else PRESETS
+        wanted = [*(() if isinstance(layer, nn.Embedding) else presets[preset]), *include]
+        if any(_is_meant(p, name, layer) for p in wanted) and not any(
+            _is_meant(p, name, layer) for p in exclude
+        ):
+            chosen.append(name)
+    rules = [rule for rule in rules if usable("ranks", rule.pattern, chosen)]
+    plans, too_large = [], []
+    for name in chosen:
+        layer = layers[name]
+        conv = is_conv(layer.weight.shape)
+        layer_rank, given = (conv_rank, conv_alpha) if conv else (rank, alpha)
         layer_alpha = float(layer_rank if given is None else given)
+        setting = "adapter.conv_rank" if conv else "adapter.rank"
+        for rule in rules:
+            if _is_meant(rule.pattern, name, layer):
+                scaling = layer_alpha / layer_rank if layer_rank else 1.0
+                layer_alpha = scaling * rule.rank if rule.alpha is None else rule.alpha
+                layer_rank, setting = rule.rank, "adapter.ranks"
         limit = rank_limit(layer)
         if layer_rank > limit and clamp_ranks:
             layer_rank, layer_alpha = limit, layer_alpha * limit / layer_rank
         if layer_rank > limit:
-            setting = "adapter.conv_rank" if is_conv else "adapter.rank"
             too_large.append((setting, layer_rank, limit, name))
-        out_size, in_size = layer.weight.flatten(1).shape
-        plans.append(
-            LayerPlan(name, layer_rank, layer_alpha, is_conv, layer_rank * (in_size + out_size))
-        )
-    for setting in sorted({entry[0] for entry in too_large}):
-        entries = [entry for entry in too_large if entry[0] == setting]
-        limit = min(entry[2] for entry in entries)
-        names = [entry[3] for entry in entries if entry[2] == limit]
-        problems.append(
-            f"'{setting}' is {entries[0][1]}, but {shown_list(names, 2)} "
-            f"{'allow' if len(names) > 1 else 'allows'} at most {limit}. Set it to {limit} or "
-            f"less, exclude the layer, or set adapter.clamp_ranks."
-        )
+        if layer_rank:
+            plans.append(LayerPlan(name, layer_rank, layer_alpha, layer.weight.shape))
+    problems += _too_large(too_large)
     if not plans and not problems:
-        problems.append("'adapter.exclude' leaves no layer to train.")
+        problems.append(
+            "'adapter.exclude' leaves no layer to train."
+            if chosen or exclude
+            else "The settings choose no layer to train."
+        )
     if problems:
         raise ConfigError(problems)
     return plans
 
 
 def attach(
-    model: nn.Module, plans: Sequence[LayerPlan], init: str = "kaiming", seed: int = 0
+    model: Model,
+    plans: Sequence[LayerPlan],
+    options: LayerOptions | None = None,
+    seed: int = 0,
+    adapter_name: str = "default",
 ) -> dict[str, LoRALayer]:
-    """Wrap the planned layers, freeze everything else; the new layers by path.
+    """Wrap the planned layers, freeze everything else; the new layers by full name.
 
     Each layer's start depends on the seed and its own name alone, so that choosing other layers
-    beside it changes nothing.
+    beside it changes nothing. Layers of another adapter's are wrapped once more.
+
+    Raises:
+        ValueError: a layer is adapted already under that adapter's name.
     """
-    model.requires_grad_(False)
+    places = dict(_walk(model))
+    for module in components_of(model).values():
+        module.requires_grad_(False)
     attached: dict[str, LoRALayer] = {}
     for plan in plans:
-        base = model.get_submodule(plan.name)
-        if isinstance(base, LoRALayer):
+        base, (root, path) = places[plan.name]
+        if any(layer.adapter_name == adapter_name for layer in _chain(base)):
             raise ValueError(f"layer '{plan.name}' is adapted already")
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(plan.name.encode()))
-        kind = ConvLoRA if isinstance(base, nn.Conv2d) else LinearLoRA
-        attached[plan.name] = kind(base, plan.rank, plan.alpha, init, generator)  # type: ignore[arg-type]
-        model.set_submodule(plan.name, attached[plan.name])
+        start = seed * 2**32 + zlib.crc32(plan.name.removeprefix("unet.").encode())
+        layer = KINDS[type(innermost(base))](
+            base,  # type: ignore[arg-type]
+            plan.rank,
+            plan.alpha,
+            **asdict(options or LayerOptions()),
+            generator=torch.Generator().manual_seed(start),
+        )
+        layer.adapter_name = adapter_name
+        root.set_submodule(path, layer)
+        attached[plan.name] = layer
     return attached
 
 
+@torch.no_grad()
 def attach_adapter(
-    model: nn.Module, adapter: Adapter, scale: float = 1.0, component: str = "unet"
+    model: Model,
+    adapter: Adapter,
+    scale: float | torch.Tensor | Scales = 1.0,
+    adapter_name: str = "default",
 ) -> dict[str, LoRALayer]:
     """Attach layers that hold an adapter's weights, live: a scale can be changed at any time.
 
     Raises:
         AdapterError: the adapter does not fit the model.
     """
-    adapter.check_fits(layer_shapes(model, component), "the adapter")
-    names = {
-        full.removeprefix(f"{component}."): weights for full, weights in adapter.layers.items()
-    }
-    plans = [LayerPlan(name, w.rank, w.alpha, w.down.dim() == 4, 0) for name, w in names.items()]
-    attached = attach(model, plans)
-    load(attached, adapter, component)
-    set_scale(model, scale)
+    adapter.check_fits(layer_shapes(model), "the adapter")
+    attached: dict[str, LoRALayer] = {}
+    for name, weights in adapter.layers.items():
+        plan = LayerPlan(name, weights.rank, weights.alpha, weights.weight_shape)
+        options = LayerOptions(up_bias=weights.up_bias is not None)
+        attached |= attach(model, [plan], options, adapter_name=adapter_name)
+        if weights.magnitude is not None:
+            attached[name].add_magnitude(weights.magnitude)
+        attached[name].load(weights)
+    set_scale(model, scale, adapter_name)
     return attached
 
 
-def detach(model: nn.Module) -> None:
-    """Put the base layers back; the model is then as it was before `attach`."""
-    for name, layer in list(lora_layers(model).items()):
-        model.set_submodule(name, layer.base)
+def detach(model: Model, adapter_name: str | None = None) -> None:
+    """Put the plain layers back, or take one adapter's wrappers out; bit for bit."""
+    for _, (module, (root, path)) in list(_walk(model)):
+        layers = list(_chain(module))
+        kept = [layer for layer in layers if adapter_name not in (None, layer.adapter_name)]
+        if len(kept) == len(layers):
+            continue
+        for layer in layers:
+            layer.unmerge()
+        inner = innermost(module)
+        for layer in reversed(kept):
+            layer.base = inner
+            inner = layer
+        root.set_submodule(path, inner)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers by path."""
-    return {name: module for name, module in _walk(model) if isinstance(module, LoRALayer)}
+def lora_layers(model: Model, adapter_name: str = "default") -> dict[str, LoRALayer]:
+    """An adapter's layers by full name."""
+    return {
+        name: layer
+        for name, (module, _) in _walk(model)
+        for layer in _chain(module)
+        if layer.adapter_name == adapter_name
+    }
 
 
-def set_scale(model: nn.Module, scale: float) -> None:
-    """Set the scale of every adapted layer: 1 as trained, 0 gives the base bit for bit."""
-    for layer in lora_layers(model).values():
-        layer.scale = float(scale)
+def set_scale(
+    model: Model, scale: float | torch.Tensor | Scales, adapter_name: str = "default"
+) -> None:
+    """Set the scale of an adapter's layers: 1 as trained, 0 gives the base bit for bit.
+
+    Args:
+        scale: one for all layers; a tensor (samples,) of one for each sample; or by part.
+    """
+    for name, layer in lora_layers(model, adapter_name).items():
+        if isinstance(scale, Scales):
+            layer.set_scale(scale.of(name, layer.weight.shape))
+        else:
+            layer.set_scale(scale)
 
 
-def collect(model: nn.Module, component: str = "unet") -> Adapter:
-    """A copy of what the adapted layers hold, on the CPU."""
+def collect(model: Model, adapter_name: str = "default") -> Adapter:
+    """A copy of what an adapter's layers hold, on the CPU."""
     return Adapter(
         {
-            f"{component}.{name}": LoRAWeights(
-                layer.lora_down.weight.detach().cpu().clone(),
-                layer.lora_up.weight.detach().cpu().clone(),
-                layer.alpha,
-            )
-            for name, layer in lora_layers(model).items()
+            name: layer.weights().to("cpu", copy=True)
+            for name, layer in lora_layers(model, adapter_name).items()
         }
     )
 
 
-@torch.no_grad()
-def load(layers: dict[str, LoRALayer], adapter: Adapter, component: str = "unet") -> None:
+def load(layers: Mapping[str, LoRALayer], adapter: Adapter) -> None:
     """Copy an adapter's weights into attached layers of the same names, ranks and alphas.
 
     Raises:
         AdapterError: naming every layer that is missing, unexpected or different, at once.
     """
-    have = {f"{component}.{name}": layer for name, layer in layers.items()}
-    problems = [f"layer '{name}' is missing from it" for name in have if name not in adapter.layers]
+    problems = [f"layer '{name}' is missing from it" for name in layers.keys() - adapter.layers]
     for name, weights in adapter.layers.items():
-        if name not in have:
+        if name not in layers:
             problems.append(f"layer '{name}' is not adapted here")
-        elif weights.down.shape != have[name].lora_down.weight.shape:
-            problems.append(f"layer '{name}' has rank {weights.rank}, not {have[name].rank}")
-        elif weights.alpha != have[name].alpha:
-            problems.append(f"layer '{name}' has alpha {weights.alpha}, not {have[name].alpha}")
+        elif different := layers[name].difference(weights):
+            problems.append(f"layer '{name}' {different}")
     if problems:
         raise AdapterError([f"The adapter does not fit: {problem}." for problem in problems])
     for name, weights in adapter.layers.items():
-        have[name].lora_down.weight.copy_(weights.down)
-        have[name].lora_up.weight.copy_(weights.up)
+        layers[name].load(weights)
 
 
-def describe(plans: Sequence[LayerPlan], bytes_per_weight: int = 2) -> str:
+def describe(
+    plans: Sequence[LayerPlan], options: LayerOptions | None = None, bytes_per_weight: int = 2
+) -> str:
     """One line for each kind of layer that was chosen, and the total with the file's size."""
+    options = options or LayerOptions()
     kinds: dict[str, list[LayerPlan]] = {}
     for plan in plans:
         kinds.setdefault(_kind(plan.name), []).append(plan)
@@ -233,36 +320,106 @@ def describe(plans: Sequence[LayerPlan], bytes_per_weight: int = 2) -> str:
             f"  {len(members):4d} x {kind:<24} rank {'/'.join(map(str, ranks)):<4} "
             f"alpha {'/'.join(f'{alpha:g}' for alpha in alphas)}"
         )
-    parameters = sum(plan.parameters for plan in plans)
+    weights = sum(plan.weights(options) for plan in plans)
     lines.append(
-        f"  {len(plans):4d} layers, {parameters:,} parameters, "
-        f"{parameters * bytes_per_weight / 1e6:.1f} MB file"
+        f"  {len(plans):4d} layers, {weights:,} parameters, "
+        f"{weights * bytes_per_weight / 1e6:.1f} MB file"
     )
     return "\n".join(lines)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a layer's path fits a pattern (module docstring)."""
+def matches(pattern: str, name: str, conv: bool = False) -> bool:
+    """Whether a layer's full name fits a pattern (module docstring).
+
+    Args:
+        conv: whether the layer is a convolution with a kernel above 1 x 1.
+    """
+    if pattern.startswith("block:"):
+        block, _, kind = pattern[6:].partition("/")
+        return block == block_of(name) and kind in ("", "conv" if conv else "linear")
+    path = name.partition(".")[2]
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        return any(re.fullmatch(pattern[3:], one) for one in (path, name))
     if any(sign in pattern for sign in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
+        return any(fnmatch.fnmatchcase(one, pattern) for one in (path, name))
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` in order, not looking into adapted layers."""
-    for name, child in model.named_children():
-        path = f"{prefix}{name}"
-        yield path, child
-        if not isinstance(child, LoRALayer):
-            yield from _walk(child, f"{path}.")
+def _is_meant(pattern: str, name: str, layer: Adaptable) -> bool:
+    """Whether a pattern names a layer; a token table only by its own name."""
+    if isinstance(layer, nn.Embedding) and not pattern.endswith(TOKENS):
+        return False
+    return matches(pattern, name, is_conv(layer.weight.shape))
+
+
+@dataclass(frozen=True)
+class _RankRule:
+    pattern: str
+    rank: int
+    alpha: float | None
+
+
+def _rank_rule(text: str, problems: list[str]) -> _RankRule | None:
+    """'PATTERN=RANK[:ALPHA]' taken apart; a sentence more in `problems` where it is not one."""
+    found = re.fullmatch(r"\s*(\S+?)\s*=\s*(\d{1,4})\s*(?::\s*(\d+(?:\.\d+)?)\s*)?", text)
+    if not found or (found[3] and float(found[3]) == 0):
+        problems.append(
+            f"'adapter.ranks' holds '{text}': write PATTERN=RANK or PATTERN=RANK:ALPHA, such as "
+            f"attn2.to_k=32 or block:mid/conv=4:2."
+        )
+        return None
+    return _RankRule(found[1], int(found[2]), float(found[3]) if found[3] else None)
+
+
+def _too_large(entries: Sequence[tuple[str, int, int, str]]) -> list[str]:
+    """A sentence for each setting that asks more of layers than they allow."""
+    sentences = []
+    for setting in sorted({entry[0] for entry in entries}):
+        mine = [entry for entry in entries if entry[0] == setting]
+        limit = min(entry[2] for entry in mine)
+        names = [entry[3].removeprefix("unet.") for entry in mine if entry[2] == limit]
+        sentences.append(
+            f"'{setting}' is {mine[0][1]}, but {shown_list(names, 2)} "
+            f"{'allow' if len(names) > 1 else 'allows'} at most {limit}. Set it to {limit} or "
+            f"less, exclude the layer, or set adapter.clamp_ranks."
+        )
+    return sentences
+
+
+Place = tuple[nn.Module, str]  # (a component, the path below it as its own parts are called)
+
+
+def _walk(model: Model) -> Iterator[tuple[str, tuple[nn.Module, Place]]]:
+    """(full name, (module, its place)) of every part of a model, not looking into wrappers."""
+
+    def below(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            yield f"{prefix}{name}", child
+            if not isinstance(child, LoRALayer):
+                yield from below(child, f"{prefix}{name}.")
+
+    for component, root in components_of(model).items():
+        for path, module in below(root, ""):
+            named = path
+            if component in TEXT_ENCODERS and not path.startswith(("text_model", "text_proj")):
+                named = f"text_model.{path}"  # transformers 5.6 and newer leave it out
+            yield f"{component}.{named}", (module, (root, path))
+
+
+def _chain(module: Any) -> Iterator[LoRALayer]:
+    """The wrappers of a layer, outermost first."""
+    while isinstance(module, LoRALayer):
+        yield module
+        module = module.base
 
 
 def _kind(name: str) -> str:
     """A path without the blocks it lies in: 'attn1.to_q', 'ff.net.2', 'resnets.conv1'."""
+    component, _, path = name.partition(".")
+    if component in TEXT_ENCODERS:
+        return f"{component} {'.'.join(path.split('.')[-2:])}"
     blocks = r"(down_blocks|up_blocks|attentions|transformer_blocks)\.\d+\.|mid_block\."
-    return re.sub(r"s\.\d+\.(?=conv|time|\d)", "s.", re.sub(blocks, "", name))
+    return re.sub(r"s\.\d+\.(?=conv|time|\d)", "s.", re.sub(blocks, "", path))
 
 
 def _invalid(pattern: str) -> str:
@@ -275,9 +432,12 @@ def _invalid(pattern: str) -> str:
     return ""
 
 
-def _nearest_layer(pattern: str, layers: dict[str, nn.Linear | nn.Conv2d]) -> str:
-    """' Did you mean ...?' with the nearest path ending of as many parts as the pattern has."""
+def _nearest_layer(pattern: str, layers: Mapping[str, Adaptable]) -> str:
+    """' Did you mean ...?' with the nearest path endings of as many parts as the pattern has."""
+    if pattern.startswith("block:"):
+        blocks = dict.fromkeys(block_of(name) for name in layers)
+        return f" The blocks are {', '.join(blocks)}."
     depth = pattern.count(".") + 1
     endings = sorted({".".join(name.split(".")[-depth:]) for name in layers})
-    near = get_close_matches(pattern.removeprefix("re:"), endings, n=1, cutoff=0.0)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    near = get_close_matches(pattern.removeprefix("re:"), endings, n=2, cutoff=0.0)
+    return f" Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""

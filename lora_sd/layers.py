@@ -4,17 +4,27 @@ A wrapper owns the frozen layer it adapts and adds a trained product of low rank
 
     y = base(x) + scale * scaling * up(down(x)),    scaling = alpha / rank
 
-`scale` is what a person slides: 1 as trained, 0 off. `lora_up` starts at zero, so that a fresh
-wrapper returns the base layer's output to the last bit. Source: Hu et al. 2021, "LoRA", section
-4.1; for convolutions the LoCon form of LyCORIS (a k x k down, a 1 x 1 up).
+`scale` is what a person slides: 1 as trained, 0 off; a tensor of one scale for each sample draws a
+strip of scales in one pass. `lora_up` starts at zero, so that a fresh wrapper returns the base
+layer's output to the last bit. Source: Hu et al. 2021, "LoRA", section 4.1; for convolutions the
+LoCon form of LyCORIS (a k x k down, a 1 x 1 up).
+
+Wrappers nest: a second adapter wraps the first one's wrapper, and their updates add up.
 """
 
 import math
 from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
+from torch.nn import functional as F
+
+from lora_sd.adapter import LoRAWeights, norms
+
+Adaptable = nn.Linear | nn.Conv2d | nn.Embedding
+Layer = TypeVar("Layer", bound="LoRALayer")
 
 
 def kaiming(weight: Tensor, rank: int, generator: torch.Generator) -> None:
@@ -27,50 +37,137 @@ def gaussian(weight: Tensor, rank: int, generator: torch.Generator) -> None:
     nn.init.normal_(weight, std=1 / rank, generator=generator)
 
 
+def orthogonal(weight: Tensor, rank: int, generator: torch.Generator) -> None:
+    """Orthonormal rows: Saxe et al. 2013, "Exact solutions to the nonlinear dynamics"."""
+    nn.init.orthogonal_(weight, generator=generator)
+
+
 INITS: dict[str, Callable[[Tensor, int, torch.Generator], None]] = {
     "kaiming": kaiming,
     "gaussian": gaussian,
+    "orthogonal": orthogonal,
 }
+PISSA = "pissa"
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """How adapted layers are made, all of a model alike; `LoRALayer` explains each."""
+
+    init: str = "kaiming"
+    rs: bool = False
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    up_bias: bool = False
+    dora: bool = False
 
 
 class LoRALayer(nn.Module):
-    """What every adapted layer has in common; use `LinearLoRA` or `ConvLoRA`.
+    """What every adapted layer has in common; use `LinearLoRA`, `ConvLoRA` or `EmbeddingLoRA`.
 
     Args:
         base: the layer to adapt. It is adopted, not copied, and frozen.
-        lora_down: from the base's input to `rank` channels.
-        lora_up: from `rank` channels to the base's output, set to zero here.
+        rank: inner size; 0 leaves the layer as it is.
         alpha: the update is scaled by alpha / rank; None means alpha = rank.
-        init: name of `lora_down`'s start: 'kaiming' or 'gaussian'.
-        generator: source of that start; a CPU generator.
+        init: `lora_down`'s start: 'kaiming', 'gaussian' or 'orthogonal'; or 'pissa', which starts
+            both factors at the base's principal components and subtracts them from it (Meng et
+            al. 2024, "PiSSA", section 3), so that the sum is the base still.
+        rs: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, "rsLoRA").
+        dropout: share of the update's input that is zeroed in training.
+        rank_dropout: share of the ranks that is zeroed in training, for each sample.
+        module_dropout: share of the passes in training that leave the whole update out.
+        up_bias: give `lora_up` a bias, which starts at zero and is scaled as the rest.
+        dora: train the norm of each output's weights apart (Liu et al. 2024, "DoRA").
+        merged: put the update into the base's weight at once.
+        generator: source of `lora_down`'s start; a CPU generator.
+
+    Raises:
+        ValueError: the rank is outside 0..limit, or the options do not go together.
     """
+
+    base: Adaptable
+    adapter_name = "default"  # tells several adapters of a model apart
+    lora_down: Any  # nn.Linear or nn.Conv2d, absent at rank 0
+    lora_up: Any
+    rank_axis = -1  # of the activation between lora_down and lora_up
+    down_start: Tensor | None  # PiSSA: what is subtracted
+    up_start: Tensor | None
+    magnitude: nn.Parameter | None
 
     def __init__(
         self,
-        base: nn.Linear | nn.Conv2d,
-        lora_down: nn.Linear | nn.Conv2d,
-        lora_up: nn.Linear | nn.Conv2d,
+        base: Adaptable,
         rank: int,
-        alpha: float | None,
-        init: str,
-        generator: torch.Generator | None,
+        alpha: float | None = None,
+        *,
+        init: str = "kaiming",
+        rs: bool = False,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        up_bias: bool = False,
+        dora: bool = False,
+        merged: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if rank:
+            check_rank(base, rank)
+        if dora and (up_bias or isinstance(base, nn.Embedding)):
+            raise ValueError("DoRA has no bias of its own and no form for embeddings")
         self.base = base.requires_grad_(False)
-        self.lora_down = lora_down
-        self.lora_up = lora_up
         self.rank = rank
-        self.alpha = float(rank if alpha is None else alpha)
-        self.scale = 1.0
-        INITS[init](lora_down.weight, rank, generator or torch.default_generator)
-        nn.init.zeros_(lora_up.weight)
-        self.lora_down.to(base.weight.device)
-        self.lora_up.to(base.weight.device)
+        self.alpha = in_file_precision(rank if alpha is None else alpha)
+        self.rs = rs
+        self.scale: float | Tensor = 1.0
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self.register_buffer("down_start", None, persistent=False)
+        self.register_buffer("up_start", None, persistent=False)
+        self.register_parameter("magnitude", None)
+        self._kept: tuple[Tensor, Tensor | None] | None = None
+        if not rank:
+            return
+        weight = innermost(base).weight
+        self.lora_down, self.lora_up = self._factors(rank, up_bias)
+        self.to(weight.device)
+        nn.init.zeros_(self.lora_up.weight)
+        if up_bias:
+            nn.init.zeros_(self.lora_up.bias)
+        if weight.is_meta:  # only shapes are wanted
+            pass
+        elif init == PISSA:
+            self._start_at_principal_components()
+        else:
+            start = INITS[init], self._init_view(), generator or torch.default_generator
+            start[0](start[1], rank, start[2])
+        if dora:
+            weight = weight.detach().float()
+            self.magnitude = nn.Parameter(norms(weight, _output_axis(weight)))
+        if merged:
+            self.merge()
+
+    def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
+        """(lora_down, lora_up) for the base's shape."""
+        raise NotImplementedError
+
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The activation of `rank` channels, by a weight of lora_down's shape."""
+        raise NotImplementedError
+
+    def _up(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The output of the base's shape, by a weight of lora_up's shape."""
+        raise NotImplementedError
+
+    def _init_view(self) -> Tensor:
+        """lora_down's weight with the fan-in where the initialisations look for it."""
+        weight: Tensor = self.lora_down.weight
+        return weight
 
     @property
     def scaling(self) -> float:
-        """alpha / rank: the one place where it is computed for a live layer."""
-        return self.alpha / self.rank
+        """alpha / rank, or alpha / sqrt(rank): the one place where it is computed."""
+        return self.alpha / (math.sqrt(self.rank) if self.rs else max(self.rank, 1))
 
     @property
     def weight(self) -> Tensor:
@@ -80,88 +177,368 @@ class LoRALayer(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        return self.base.bias
+        return getattr(self.base, "bias", None)
+
+    def set_scale(self, scale: float | Tensor) -> None:
+        """Set the scale: a number, or a tensor (samples,) of one for each sample of a batch.
+
+        A batch may be a multiple of the samples, as guidance makes it: they are then repeated.
+        """
+        self.scale = scale if isinstance(scale, Tensor) else float(scale)
+        if self._kept is not None:
+            self.unmerge()
+            self.merge()
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's output plus the scaled update, in the base output's dtype."""
+        if self.base is None:
+            return self.update(x)
         out = self.base(x)
-        if self.scale == 0:
+        if self._kept is not None or not self.rank or self._is_off():
             return out
-        down = self.lora_down(x.to(self.lora_down.weight.dtype))
-        return out + self.lora_up(down * (self.scale * self.scaling)).to(out.dtype)
+        if self.magnitude is not None:
+            return out + self._decomposed(x, out).to(out.dtype)
+        return out + self._low_rank(x, self._scale_for(x) * self.scaling).to(out.dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        """scaling * up(down(x)): what is added to the base's output at scale 1."""
+        return self._low_rank(x, self.scaling)
+
+    def _low_rank(self, x: Tensor, factor: float | Tensor) -> Tensor:
+        """factor * up(down(x)), with the dropouts of training."""
+        weight, bias = self.lora_down.weight, self.lora_up.bias
+        hidden = self._down(self._dropped(x), weight)
+        if self.training and self.rank_dropout:
+            hidden = hidden * self._rank_mask(hidden)
+        if bias is None:
+            out = self._up(hidden * factor, self.lora_up.weight)
+        else:
+            out = self._up(hidden, self.lora_up.weight, bias) * factor
+        if self.down_start is not None and self.up_start is not None:
+            out = out - self._up(self._down(x, self.down_start) * factor, self.up_start)
+        return out
+
+    def _decomposed(self, x: Tensor, out: Tensor) -> Tensor:
+        """scale * (DoRA's output - the base's): the norm is a constant in the backward pass."""
+        plain = out if self.bias is None else out - self._by_channel(self.bias)
+        if isinstance(self.base, LoRALayer):  # another adapter's update is in it
+            plain = self._plain(x)
+        magnitude, weight = cast(Tensor, self.magnitude), self.weight.detach().float()
+        ratio = magnitude / norms(weight + self.weights().low_rank(), magnitude.shape)
+        if magnitude.shape == _output_axis(weight):
+            ratio = self._by_channel(ratio.flatten())
+            added = (ratio - 1) * plain + ratio * self.update(x)
+        else:  # LyCORIS's norms for each input
+            scaled = (x * ratio).to(x.dtype)
+            added = self._plain(scaled) + self.update(scaled) - plain
+        return self._scale_for(out) * added
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The innermost base's output without its bias."""
+        base = innermost(self.base)
+        return base(x) if base.bias is None else base(x) - self._by_channel(base.bias)
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        """Values of the output channels (out,), shaped to go with an output."""
+        return values
+
+    def _is_off(self) -> bool:
+        if isinstance(self.scale, float) and self.scale == 0:
+            return True
+        return (
+            self.training
+            and self.module_dropout > 0
+            and float(torch.rand(())) < self.module_dropout
+        )
+
+    def _scale_for(self, x: Tensor) -> float | Tensor:
+        """The scale; one for each sample is repeated to the batch and shaped to go with it."""
+        if not isinstance(self.scale, Tensor):
+            return self.scale
+        times, rest = divmod(x.shape[0], len(self.scale))
+        if rest:
+            raise ValueError(f"{len(self.scale)} scales for a batch of {x.shape[0]}")
+        scale = self.scale.to(x.device, self.lora_up.weight.dtype).repeat(times)
+        return scale.view(-1, *[1] * (self._down_dims(x) - 1))
+
+    def _down_dims(self, x: Tensor) -> int:
+        """How many axes the activation of `rank` channels has."""
+        return x.dim()
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        x = x.to(self.lora_down.weight.dtype)
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+    def _rank_mask(self, hidden: Tensor) -> Tensor:
+        """0 for the ranks that a sample goes without, and what keeps the mean for the others."""
+        shape = [hidden.shape[0], *[1] * (hidden.dim() - 1)]
+        shape[self.rank_axis] = self.rank
+        kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
+        return kept.to(hidden.dtype) / (1 - self.rank_dropout)
+
+    @torch.no_grad()
+    def _start_at_principal_components(self) -> None:
+        if self.scaling <= 0:
+            raise ValueError("PiSSA needs an alpha above 0")
+        if getattr(self.base, "groups", 1) != 1:
+            raise ValueError("PiSSA has no form for grouped convolutions")
+        down, up = self.lora_down.weight, self.lora_up.weight
+        matrix = innermost(self.base).weight.float().flatten(1)
+        if isinstance(self.base, nn.Embedding):
+            matrix = matrix.T
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        root = (values[: self.rank] / self.scaling).sqrt()
+        down.copy_((root[:, None] * right[: self.rank]).reshape(down.shape))
+        up.copy_((left[:, : self.rank] * root).reshape(up.shape))
+        self.down_start, self.up_start = down.detach().clone(), up.detach().clone()
+
+    def weights(self) -> LoRAWeights:
+        """What the layer has learnt, detached and not copied, as an adapter's file means it.
+
+        rsLoRA's scaling is folded into alpha; PiSSA's start is subtracted by as many ranks again.
+        """
+        down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach()
+        alpha = in_file_precision(self.scaling * self.rank) if self.rs else self.alpha
+        if self.down_start is not None and self.up_start is not None:
+            down = torch.cat([down, self.down_start])
+            up = torch.cat([up, -self.up_start], dim=1)
+            alpha *= 2
+        return LoRAWeights(
+            down,
+            up,
+            alpha,
+            None if self.lora_up.bias is None else self.lora_up.bias.detach(),
+            None if self.magnitude is None else self.magnitude.detach(),
+            isinstance(innermost(self.base), nn.Embedding),
+        )
+
+    def difference(self, weights: LoRAWeights) -> str:
+        """What of `weights` this layer cannot take over: 'has rank 4, not 8'; '' when it can."""
+        mine = self.weights()
+        for what, have, given in (
+            ("rank", mine.rank, weights.rank),
+            ("shape", tuple(mine.weight_shape), tuple(weights.weight_shape)),
+            ("alpha", mine.alpha, weights.alpha),
+            ("up-bias", mine.up_bias is not None, weights.up_bias is not None),
+            ("magnitude", mine.magnitude is not None, weights.magnitude is not None),
+        ):
+            if have != given:
+                return f"has {what} {given}, not {have}"
+        return ""
+
+    def add_magnitude(self, magnitude: Tensor) -> None:
+        """Make this a DoRA layer with a given magnitude, for each output or for each input."""
+        self.magnitude = nn.Parameter(magnitude.to(self.lora_up.weight.device, torch.float32))
+
+    @torch.no_grad()
+    def load(self, weights: LoRAWeights) -> None:
+        """Take over what `weights` returned once, to the bit.
+
+        Raises:
+            ValueError: they are another layer's; the sentence says in what.
+        """
+        if different := self.difference(weights):
+            raise ValueError(different)
+        mine = self.weights()
+        self.lora_down.weight.copy_(weights.down[: self.rank])
+        self.lora_up.weight.copy_(weights.up[:, : weights.up.shape[1] * self.rank // mine.rank])
+        if self.down_start is not None and self.up_start is not None:
+            self.down_start.copy_(weights.down[self.rank :])
+            self.up_start.copy_(-weights.up[:, self.rank :])
+        if weights.up_bias is not None:
+            self.lora_up.bias.copy_(weights.up_bias)
+        if weights.magnitude is not None and self.magnitude is not None:
+            self.magnitude.copy_(weights.magnitude)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the update, at the present scale, into the base's weight; a copy of it is kept."""
+        if self._kept is not None or not self.rank:
+            return
+        if isinstance(self.base, LoRALayer) or isinstance(self.scale, Tensor):
+            raise ValueError("nested adapters and scales by sample cannot be merged here")
+        bias = cast(Tensor | None, self.bias)
+        self._kept = self.weight.detach().clone(), None if bias is None else bias.detach().clone()
+        weights = self.weights()
+        delta = weights.delta(self.weight)
+        self.weight.copy_(self.weight.float() + self.scale * delta)
+        add_to_bias(self.base, weights.bias_delta(), self.scale)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base's weight back, bit for bit."""
+        if self._kept is None:
+            return
+        weight, bias = self._kept
+        self._kept = None
+        self.weight.copy_(weight)
+        restore_bias(self.base, bias)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}"
+        scale = f"{self.scale:g}" if isinstance(self.scale, float) else "by sample"
+        return f"rank={self.rank}, alpha={self.alpha:g}, scale={scale}"
 
 
 class LinearLoRA(LoRALayer):
     """An `nn.Linear` with a low-rank update. Input (..., in_features), output (..., out_features).
 
-    Raises:
-        ValueError: the rank is above min(in_features, out_features).
+    Seeds 000 to 004 call it LinearLora, LoRALinear, LinearLoRA, LinearLoralayer and Linear.
     """
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        rank: int,
-        alpha: float | None = None,
-        init: str = "kaiming",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        check_rank(base, rank)
-        super().__init__(
-            base,
-            nn.Linear(base.in_features, rank, bias=False),
-            nn.Linear(rank, base.out_features, bias=False),
-            rank,
-            alpha,
-            init,
-            generator,
-        )
-        self.in_features, self.out_features = base.in_features, base.out_features
+    base: nn.Linear
+
+    @classmethod
+    def alone(
+        cls, in_features: int, out_features: int, rank: int, alpha: float | None = None, **opts: Any
+    ) -> Self:
+        """A layer without a base, whose output is the update alone, to add to a base's output."""
+        return _without_base(cls(nn.Linear(in_features, out_features), rank, alpha, **opts))
+
+    def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
+        down = nn.Linear(self.base.in_features, rank, bias=False)
+        return down, nn.Linear(rank, self.base.out_features, bias=up_bias)
+
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def _up(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(hidden, weight, bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
 
 
 class ConvLoRA(LoRALayer):
     """An `nn.Conv2d` with a low-rank update. Input (batch, in_channels, height, width).
 
-    `lora_down` has the base's kernel, stride, padding and dilation, and `rank` output channels;
-    `lora_up` is 1 x 1.
+    `lora_down` has the base's kernel, stride, padding, dilation and groups, and `rank` output
+    channels; `lora_up` is 1 x 1 with the base's groups.
 
     Raises:
-        ValueError: the rank is above the limit, or the base is a grouped convolution.
+        ValueError: also where the rank is no multiple of the base's groups.
     """
 
-    def __init__(
-        self,
-        base: nn.Conv2d,
+    base: nn.Conv2d
+    rank_axis = 1
+
+    @classmethod
+    def alone(
+        cls,
+        in_channels: int,
+        out_channels: int,
         rank: int,
         alpha: float | None = None,
-        init: str = "kaiming",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        if base.groups != 1:
-            raise ValueError(f"a convolution with {base.groups} groups cannot be adapted")
-        check_rank(base, rank)
-        super().__init__(
-            base,
-            nn.Conv2d(
-                base.in_channels,
-                rank,
-                base.kernel_size,  # type: ignore[arg-type]
-                base.stride,  # type: ignore[arg-type]
-                base.padding,  # type: ignore[arg-type]
-                base.dilation,  # type: ignore[arg-type]
-                bias=False,
-                padding_mode=base.padding_mode,
-            ),
-            nn.Conv2d(rank, base.out_channels, 1, bias=False),
+        kernel_size: int | tuple[int, int] = 1,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        **opts: Any,
+    ) -> Self:
+        """A layer without a base, whose output is the update alone, to add to a base's output."""
+        base = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
+        return _without_base(cls(base, rank, alpha, **opts))
+
+    def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
+        base = innermost(self.base)
+        self.groups = base.groups
+        if rank % base.groups:
+            raise ValueError(
+                f"rank {rank} is no multiple of the convolution's {base.groups} groups"
+            )
+        down = nn.Conv2d(
+            base.in_channels,
             rank,
-            alpha,
-            init,
-            generator,
+            base.kernel_size,
+            base.stride,
+            base.padding,
+            base.dilation,
+            base.groups,
+            bias=False,
+            padding_mode=base.padding_mode,
         )
-        self.in_channels, self.out_channels = base.in_channels, base.out_channels
+        return down, nn.Conv2d(rank, base.out_channels, 1, groups=base.groups, bias=up_bias)
+
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        # nn.Conv2d's own way of padding, for padding modes other than zeros
+        return cast(Tensor, self.lora_down._conv_forward(x, weight, None))
+
+    def _up(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(hidden, weight, bias, groups=self.groups)
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1)
+
+    @property
+    def in_channels(self) -> int:
+        return self.base.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.base.out_channels
+
+
+class EmbeddingLoRA(LoRALayer):
+    """An `nn.Embedding` with a low-rank update. Input: ids (...), output (..., embedding_dim).
+
+    The table's update is (up @ down)^T, as in PEFT. Initialisations take the rank for the fan-in,
+    since a lookup sums over nothing else.
+    """
+
+    base: nn.Embedding
+
+    def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
+        down = nn.Linear(self.base.num_embeddings, rank, bias=False)
+        return down, nn.Linear(rank, self.base.embedding_dim, bias=up_bias)
+
+    def _init_view(self) -> Tensor:
+        transposed: Tensor = self.lora_down.weight.T
+        return transposed
+
+    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
+        base = innermost(self.base)
+        return F.embedding(
+            x, weight.T, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq
+        )
+
+    def _up(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(hidden, weight, bias)
+
+    def _down_dims(self, x: Tensor) -> int:
+        return x.dim() + 1
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return x  # ids
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.base.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.base.embedding_dim
+
+
+KINDS: dict[type[nn.Module], type[LoRALayer]] = {
+    nn.Linear: LinearLoRA,
+    nn.Conv2d: ConvLoRA,
+    nn.Embedding: EmbeddingLoRA,
+}
+
+
+def in_file_precision(alpha: float) -> float:
+    """An alpha as files hold it, in float32, so that a layer and its file agree to the bit."""
+    return float(torch.tensor(alpha, dtype=torch.float32))
+
+
+def innermost(layer: nn.Module) -> Any:
+    """The plain layer under any number of wrappers."""
+    while isinstance(layer, LoRALayer):
+        layer = layer.base
+    return layer
 
 
 def rank_limit(base: nn.Module) -> int:
@@ -175,12 +552,31 @@ def check_rank(base: nn.Module, rank: int) -> None:
         raise ValueError(f"rank {rank} is outside 1..{rank_limit(base)}")
 
 
-def delta_weight(down: Tensor, up: Tensor, alpha: float) -> Tensor:
-    """(alpha / rank) * up @ down in float32, shaped as the base's weight.
+def add_to_bias(layer: Any, delta: Tensor | None, scale: float) -> None:
+    """Add scale * delta to a layer's bias, which it is given where it has none."""
+    if delta is None:
+        return
+    delta = delta.to(layer.weight.device)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(delta.new_zeros(delta.shape).to(layer.weight.dtype), False)
+    layer.bias.copy_(layer.bias.float() + scale * delta)
 
-    One formula for linear and convolution: down (rank, in) or (rank, in, k, k), up (out, rank) or
-    (out, rank, 1, 1).
-    """
-    rank = down.shape[0]
-    delta = (alpha / rank) * (up.float().flatten(1) @ down.float().flatten(1))
-    return delta.reshape(up.shape[0], *down.shape[1:])
+
+def restore_bias(layer: Any, kept: Tensor | None) -> None:
+    """Put a kept bias back; None: the layer had none."""
+    if kept is not None:
+        layer.bias.copy_(kept)
+    elif getattr(layer, "bias", None) is not None:
+        layer.bias = None
+
+
+def _output_axis(weight: Tensor) -> Size:
+    """The shape of one value for each output of a weight."""
+    return Size((weight.shape[0], *[1] * (weight.dim() - 1)))
+
+
+def _without_base(layer: Layer) -> Layer:
+    if layer.magnitude is not None:
+        raise ValueError("DoRA needs the base whose weights it decomposes")
+    layer.base = None  # type: ignore[assignment]
+    return layer

@@ -5,66 +5,74 @@ to or subtracting from the last result: so a thousand changes of scale leave no 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_sd.adapter import Adapter
+from lora_sd.adapter import Adapter, LoRAWeights
 from lora_sd.errors import AdapterError
-from lora_sd.layers import LoRALayer
+from lora_sd.inject import adaptable_layers
+from lora_sd.layers import add_to_bias, restore_bias
+from lora_sd.parts import Scales
 
 
 class MergedWeights:
     """The weights of some models, with any adapters merged into them at any scales.
 
-    Generation then costs exactly what the base costs.
+    Generation then costs exactly what the base costs. Layers must not be wrapped or removed while
+    this is in use.
 
     Args:
         components: the models by the name that begins their layers' names: {'unet': unet}.
     """
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
-        self._components = dict(components)
-        self._kept: dict[str, Tensor] = {}
+        self._layers: dict[str, Any] = dict(adaptable_layers(components))
+        self._kept: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
-    def set(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    def set(self, adapters: Sequence[tuple[Adapter, float | Scales]]) -> None:
         """Make the weights base + sum of scale * delta; with no adapter, or at scale 0, the base.
 
         Raises:
             AdapterError: an adapter has a layer that the models lack, or of another shape; the
                 weights are then as before.
         """
-        active = [(adapter, scale) for adapter, scale in adapters if scale != 0]
-        names = {name for adapter, _ in active for name in adapter.layers}
-        shapes = {name: self._weight(name).shape for name in names}
-        for adapter, _ in active:
+        shapes = {name: layer.weight.shape for name, layer in self._layers.items()}
+        wanted: dict[str, list[tuple[LoRAWeights, float]]] = {}
+        for adapter, scale in adapters:
+            _check_layers_exist(adapter, self._layers)
             adapter.check_fits(shapes, "the adapter")
-        for name in names - self._kept.keys():
-            self._kept[name] = self._weight(name).clone()
-        for name, base in self._kept.items():
-            if name not in names:
-                self._weight(name).copy_(base)
+            scales = scale if isinstance(scale, Scales) else Scales(scale)
+            for name, weights in adapter.layers.items():
+                if amount := scales.of(name, weights.weight_shape):
+                    wanted.setdefault(name, []).append((weights, amount))
+        for name in wanted.keys() - self._kept.keys():
+            layer = self._layers[name]
+            bias = cast(Tensor | None, getattr(layer, "bias", None))
+            self._kept[name] = layer.weight.clone(), None if bias is None else bias.clone()
+        for name, (base, bias) in self._kept.items():
+            layer = self._layers[name]
+            restore_bias(layer, bias)
+            if name not in wanted:
+                layer.weight.copy_(base)
                 continue
-            merged = base.float()
-            for adapter, scale in active:
-                if name in adapter.layers:
-                    merged = merged + scale * adapter.layers[name].delta().to(base.device)
-            self._weight(name).copy_(merged)
+            merged = layer.weight.copy_(base) if base.dtype == torch.float32 else base.float()
+            for weights, amount in wanted[name]:
+                weights.to(base.device).add_to(merged, amount, base)
+                add_to_bias(layer, weights.bias_delta(), amount)
+            layer.weight.copy_(merged)
 
     def clear(self) -> None:
         """Put the base weights back and forget the copies."""
         self.set([])
         self._kept.clear()
 
-    def _weight(self, name: str) -> Tensor:
-        component, _, path = name.partition(".")
-        try:
-            module = self._components[component].get_submodule(path)
-        except (KeyError, AttributeError):
+
+def _check_layers_exist(adapter: Adapter, layers: Mapping[str, object]) -> None:
+    for name in adapter.layers:
+        if name not in layers:
             raise AdapterError(
                 f"The adapter was made for another model: this one has no layer '{name}'."
-            ) from None
-        weight = (module.base if isinstance(module, LoRALayer) else module).weight
-        assert isinstance(weight, Tensor)
-        return weight
+            )

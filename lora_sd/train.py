@@ -80,7 +80,9 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
 
     with RunRecord(run, options.steps, is_main) as record:
         # --- the adapter and its optimizer ---
-        layers = inject.attach(base.unet, plans, config.adapter.init, options.seed)
+        layers = inject.attach(
+            base.unet, plans, inject.LayerOptions(config.adapter.init), options.seed
+        )
         parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters,
@@ -263,7 +265,7 @@ def _restore(
             )
         log.info("Nothing was saved before the run stopped: it begins again.")
     else:
-        shapes = {f"unet.{name}": layer.weight.shape for name, layer in layers.items()}
+        shapes = {name: layer.weight.shape for name, layer in layers.items()}
         inject.load(layers, load_adapter(folder / checkpoint.ADAPTER, shapes))
         state = checkpoint.load_state(folder, accelerator.device)
         optimizer.load_state_dict(state["optimizer"])

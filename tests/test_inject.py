@@ -24,25 +24,27 @@ def test_a_preset_names_its_layers(unet, preset, endings):
 
 def test_full_means_every_linear_and_convolution_layer(unet):
     every = {n for n, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    assert {plan.name for plan in choose(unet, "full")} == every
+    assert {plan.name for plan in choose(unet, "full")} == {f"unet.{name}" for name in every}
 
 
 def test_convolutions_have_their_own_rank_and_1x1_ones_do_not(unet):
     plans = {plan.name: plan for plan in choose(unet, "full")}
-    assert plans["conv_in"].rank == 3 and plans["conv_in"].alpha == 1
-    assert plans["mid_block.attentions.0.proj_in"].rank == 2
+    assert plans["unet.conv_in"].rank == 3 and plans["unet.conv_in"].alpha == 1
+    assert plans["unet.mid_block.attentions.0.proj_in"].rank == 2
 
 
 def test_alpha_follows_the_rank_unless_given(unet):
     plans = {p.name: p for p in choose(unet, "full", alpha=None, conv_alpha=None)}
-    assert plans["conv_in"].alpha == 3 and plans["mid_block.attentions.0.proj_in"].alpha == 2
+    assert (
+        plans["unet.conv_in"].alpha == 3 and plans["unet.mid_block.attentions.0.proj_in"].alpha == 2
+    )
 
 
 def test_patterns_add_and_remove_layers(unet):
     names = {p.name for p in choose(unet, "attention", include=["conv_in"], exclude=["attn1.to_q"])}
-    assert "conv_in" in names and not any(name.endswith("attn1.to_q") for name in names)
+    assert "unet.conv_in" in names and not any(name.endswith("attn1.to_q") for name in names)
     names = {p.name for p in choose(unet, "attention", exclude=["*attn1*", "re:mid_block.*"])}
-    assert names and not any("attn1" in name or name.startswith("mid") for name in names)
+    assert names and not any("attn1" in name or name.startswith("unet.mid") for name in names)
 
 
 def test_a_suffix_matches_at_a_dot_only():
@@ -67,7 +69,7 @@ def test_a_rank_above_the_limit_names_layer_and_limit(unet):
 
 def test_a_rank_above_the_limit_is_clamped_when_asked_and_shown(unet):
     plans = choose(unet, "full", conv_rank=64, conv_alpha=32, clamp_ranks=True)
-    conv_out = next(plan for plan in plans if plan.name == "conv_out")
+    conv_out = next(plan for plan in plans if plan.name == "unet.conv_out")
     assert (conv_out.rank, conv_out.alpha) == (4, 2)
     assert "1 x conv_out                 rank 4    alpha 2" in inject.describe(plans)
 
@@ -127,9 +129,9 @@ def test_attaching_again_gives_the_same_layers_and_start():
 
 
 def test_another_choice_or_order_of_layers_does_not_change_a_layer_s_start(unet):
-    many = inject.attach(unet, choose(unet))["mid_block.resnets.0.conv1"]
+    many = inject.attach(unet, choose(unet))["unet.mid_block.resnets.0.conv1"]
     inject.detach(unet)
-    plan = [p for p in choose(unet) if p.name == "mid_block.resnets.0.conv1"]
+    plan = [p for p in choose(unet) if p.name == "unet.mid_block.resnets.0.conv1"]
     alone = inject.attach(unet, plan)[plan[0].name]
     assert torch.equal(many.lora_down.weight, alone.lora_down.weight)
 
@@ -140,7 +142,7 @@ def test_collected_and_attached_elsewhere_it_does_the_same(unet, unet_inputs):
     other = make_unet()
     layers = inject.attach_adapter(other, inject.collect(unet))
     assert torch.equal(other(*unet_inputs).sample, unet(*unet_inputs).sample)
-    assert isinstance(layers["conv_in"], ConvLoRA)
+    assert isinstance(layers["unet.conv_in"], ConvLoRA)
     inject.set_scale(other, 0)
     assert torch.equal(other(*unet_inputs).sample, make_unet()(*unet_inputs).sample)
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_sd.layers import ConvLoRA, LinearLoRA, delta_weight
+from lora_sd.adapter import delta_weight
+from lora_sd.layers import ConvLoRA, LinearLoRA
 
 
 def train_a_little(layer):
@@ -85,15 +86,15 @@ def test_alpha_is_the_rank_by_default_and_scaling_is_alpha_over_rank():
     assert LinearLoRA(nn.Linear(8, 8), 4, alpha=1).scaling == 0.25
 
 
-@pytest.mark.parametrize("rank", [0, 6, 100])
+@pytest.mark.parametrize("rank", [-1, 6, 100])
 def test_a_rank_outside_the_limit_is_an_error(rank):
     with pytest.raises(ValueError, match="outside 1..5"):
         LinearLoRA(nn.Linear(6, 5), rank)
 
 
-def test_a_grouped_convolution_is_refused():
-    with pytest.raises(ValueError, match="2 groups"):
-        ConvLoRA(nn.Conv2d(4, 4, 3, groups=2), 1)
+def test_a_grouped_convolution_wants_a_rank_for_each_group():
+    with pytest.raises(ValueError, match="no multiple of the convolution's 2 groups"):
+        ConvLoRA(nn.Conv2d(4, 4, 3, groups=2), 3)
 
 
 def test_half_precision_base_keeps_its_dtype():
