@@ -1,0 +1,73 @@
+"""What one client would do with an adapter file."""
+
+from dataclasses import dataclass, field
+
+from lora_sd.clients.header import Header
+
+TITLES = {
+    "comfy": "ComfyUI",
+    "forge": "Forge",
+    "a1111": "A1111",
+    "invoke": "InvokeAI",
+    "diffusers": "diffusers",
+    "kohya": "kohya's tools",
+    "lycoris": "LyCORIS",
+}
+"""The clients, and what people call them."""
+
+SAYS = {
+    "comfy": "a log line 'lora key not loaded' for each key, 'ERROR lora' for a wrong shape",
+    "forge": "a line with the unmatched keys; over 12: 'LoRA version mismatch', unused",
+    "a1111": "nothing about unmatched keys; wrong shapes as 'Networks with errors' below the image",
+    "invoke": "a warning 'Failed to find module for LoRA layer key' for each layer",
+    "diffusers": "an error for foreign keys of a kohya file, a warning for those of its own format",
+    "kohya": "unexpected keys in the load info",
+    "lycoris": "nothing: unknown layers are skipped",
+}
+"""What a user sees there when something is not used."""
+
+
+@dataclass
+class ClientReport:
+    """What one client would do with a file. The rules of the client fill it.
+
+    Attributes:
+        client: a key of TITLES.
+        keys: every key of the file, in its order.
+        matched: keys that the client knows and reads.
+        ignored: keys that match a layer and do nothing all the same -> why.
+        shape_errors, fatal, warnings: sentences; `fatal` means that the whole file is refused,
+            `warnings` that it loads, but not with the scale or the layers that were meant.
+    """
+
+    client: str
+    keys: list[str]
+    matched: set[str] = field(default_factory=set)
+    ignored: dict[str, str] = field(default_factory=dict)
+    shape_errors: list[str] = field(default_factory=list)
+    fatal: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, client: str, header: Header) -> "ClientReport":
+        return cls(client, list(header.shapes))
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.client]
+
+    @property
+    def used(self) -> set[str]:
+        """Keys that act on the model: none when the file is refused."""
+        return set() if self.fatal else self.matched
+
+    @property
+    def unrecognised(self) -> list[str]:
+        """Keys that match nothing there."""
+        return [key for key in self.keys if key not in self.matched and key not in self.ignored]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every key acts, as it was meant."""
+        found = self.ignored or self.shape_errors or self.fatal or self.warnings
+        return not found and not self.unrecognised
