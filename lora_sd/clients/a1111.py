@@ -8,7 +8,7 @@ one module with four projections: it is adapted when all four are in the file.
 import math
 
 from lora_sd.clients.fits import product_error
-from lora_sd.clients.header import Header, Shape, is_other_kind
+from lora_sd.clients.outline import Outline, Shape, is_other_kind
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import A1111Layer, Tables
 
@@ -16,12 +16,12 @@ PAIRS = (("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weigh
 REFUSED = "the whole network is not loaded"
 
 
-def check(header: Header, tables: Tables) -> ClientReport:
+def check(outline: Outline, tables: Tables) -> ClientReport:
     """What A1111 would do with a file."""
-    report = ClientReport.of("a1111", header)
+    report = ClientReport.of("a1111", outline)
     matched: dict[str, tuple[str, dict[str, str], A1111Layer]] = {}
     misfits: dict[str, str] = {}  # by prefix
-    for prefix, parts in header.layers().items():
+    for prefix, parts in outline.layers().items():
         if prefix == "bundle_emb":
             report.matched.update(parts.values())
             continue
@@ -29,7 +29,7 @@ def check(header: Header, tables: Tables) -> ClientReport:
         if layer is None:
             continue
         pair = next((pair for pair in PAIRS if set(pair) <= set(parts)), None)
-        shapes = {part: header.shapes[key] for part, key in parts.items()}
+        shapes = {part: outline.shapes[key] for part, key in parts.items()}
         refusal = _refusal(layer, pair, shapes)
         if refusal:
             report.fatal.append(f"{prefix}: {refusal}: {REFUSED}")

@@ -5,7 +5,7 @@ Forge refuses a file of which more than 12 keys match nothing.
 """
 
 from lora_sd.clients.fits import flattened, product_error
-from lora_sd.clients.header import Header
+from lora_sd.clients.outline import Outline
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import Tables, Target
 
@@ -34,15 +34,15 @@ WITHOUT_BIAS = ("to_q.weight", "to_k.weight", "to_v.weight", "text_projection.we
 FORGE_PATIENCE = 12
 
 
-def check(header: Header, tables: Tables, client: str) -> ClientReport:
+def check(outline: Outline, tables: Tables, client: str) -> ClientReport:
     """What 'comfy' or 'forge' would do with a file."""
     targets = tables.comfy if client == "comfy" else tables.forge
-    report = ClientReport.of(client, header)
-    layers = _layers(header, targets)
+    report = ClientReport.of(client, outline)
+    layers = _layers(outline, targets)
     for prefix, parts in layers.items():
         target = targets[prefix]
-        acts = _pair(report, header, prefix, parts, target)
-        acts |= _replacement(report, header, prefix, parts, target)
+        acts = _pair(report, outline, prefix, parts, target)
+        acts |= _replacement(report, outline, prefix, parts, target)
         others = [parts[ending] for ending in parts if ending in OTHER_KINDS]
         report.matched.update(others)
         if not acts and not others:
@@ -54,10 +54,10 @@ def check(header: Header, tables: Tables, client: str) -> ClientReport:
     return report
 
 
-def _layers(header: Header, targets: dict[str, Target]) -> dict[str, dict[str, str]]:
+def _layers(outline: Outline, targets: dict[str, Target]) -> dict[str, dict[str, str]]:
     """{known prefix: {ending: key}} in the file's order."""
     layers: dict[str, dict[str, str]] = {}
-    for key in header.shapes:
+    for key in outline.shapes:
         for ending in ENDINGS:
             if key.endswith(ending) and key[: -len(ending)] in targets:
                 layers.setdefault(key[: -len(ending)], {})[ending] = key
@@ -65,7 +65,7 @@ def _layers(header: Header, targets: dict[str, Target]) -> dict[str, dict[str, s
 
 
 def _pair(
-    report: ClientReport, header: Header, prefix: str, parts: dict[str, str], target: Target
+    report: ClientReport, outline: Outline, prefix: str, parts: dict[str, str], target: Target
 ) -> bool:
     """Judge the factors of a layer; returns whether it has a whole pair."""
     report.matched.update(parts[ending] for ending in SCALARS if ending in parts)
@@ -79,7 +79,7 @@ def _pair(
         mid_shape = None
         if mid and mid in parts:
             report.matched.add(parts[mid])
-            mid_shape = header.shapes[parts[mid]]
+            mid_shape = outline.shapes[parts[mid]]
         if target.shape is None:
             for ending in (up, down, ".alpha"):
                 if ending in parts:
@@ -88,7 +88,7 @@ def _pair(
         elif not target.weight.endswith(".weight"):
             report.shape_errors.append(f"{prefix}: patches {target.weight}")
         else:
-            up_shape, down_shape = header.shapes[parts[up]], header.shapes[parts[down]]
+            up_shape, down_shape = outline.shapes[parts[up]], outline.shapes[parts[down]]
             error = product_error(up_shape, down_shape, target.shape, mid_shape)
             if error:
                 pads = (
@@ -107,13 +107,13 @@ def _pair(
 
 
 def _replacement(
-    report: ClientReport, header: Header, prefix: str, parts: dict[str, str], target: Target
+    report: ClientReport, outline: Outline, prefix: str, parts: dict[str, str], target: Target
 ) -> bool:
     """Judge whole weights and biases (`diff` and the like); returns whether a weight is there."""
     present = [ending for ending in REPLACEMENTS if ending in parts]
     for ending in present:
         report.matched.add(parts[ending])
-        shape = header.shapes[parts[ending]]
+        shape = outline.shapes[parts[ending]]
         if target.shape is not None and shape != target.shape:
             report.shape_errors.append(f"{prefix}{ending}: {shape} against {target.shape}")
     if ".w_norm" in parts and ".b_norm" in parts:

@@ -6,7 +6,7 @@ Its own format is PEFT's: 'unet.<path>.lora_A.weight', with one JSON object in t
 
 from lora_sd.clients import diffusers_kohya
 from lora_sd.clients.fits import exact_error
-from lora_sd.clients.header import Header
+from lora_sd.clients.outline import Outline
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import Module, Tables
 
@@ -15,28 +15,28 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 PAIR, EMBEDDING_PAIR = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 
 
-def check(header: Header, tables: Tables) -> ClientReport:
+def check(outline: Outline, tables: Tables) -> ClientReport:
     """What diffusers would do with a file."""
-    report = ClientReport.of("diffusers", header)
-    for key in header.shapes:
+    report = ClientReport.of("diffusers", outline)
+    for key in outline.shapes:
         if "dora_scale" in key:
             report.ignored[key] = (
                 "dora_scale is filtered out with a warning (the DoRA is applied as a plain LoRA)"
             )
-    keys = [key for key in header.shapes if key not in report.ignored]
+    keys = [key for key in outline.shapes if key not in report.ignored]
     if keys and all(key.startswith(diffusers_kohya.PREFIXES) for key in keys):
-        diffusers_kohya.check(report, header, tables, keys)
+        diffusers_kohya.check(report, outline, tables, keys)
     elif not all("lora" in key for key in keys):
         report.fatal.append(
             "a key without 'lora' in its name: ValueError 'Invalid LoRA checkpoint'"
         )
     else:
-        _check_own_format(report, header, tables, keys)
+        _check_own_format(report, outline, tables, keys)
     return report
 
 
 def _check_own_format(
-    report: ClientReport, header: Header, tables: Tables, keys: list[str]
+    report: ClientReport, outline: Outline, tables: Tables, keys: list[str]
 ) -> None:
     layers: dict[tuple[str, str], dict[str, str]] = {}
     for key in keys:
@@ -48,13 +48,13 @@ def _check_own_format(
     modules = _modules(tables)
     for layer, parts in layers.items():
         if layer in modules:
-            _layer(report, header, ".".join(layer), parts, modules[layer])
+            _layer(report, outline, ".".join(layer), parts, modules[layer])
     if report.shape_errors:
         report.fatal.append("size mismatch: load raises RuntimeError")
     unet = [layer for layer in layers if layer[0] == "unet"]
     if unet and not any(layer in modules for layer in unet):
         report.fatal.append(diffusers_kohya.NO_UNET_LAYER)
-    if not header.metadata.get("lora_adapter_metadata"):
+    if not outline.metadata.get("lora_adapter_metadata"):
         report.warnings.append(
             "PEFT format without lora_adapter_metadata: every module gets alpha = its rank (right "
             "only if it was trained so)"
@@ -87,7 +87,7 @@ def _modules(tables: Tables) -> dict[tuple[str, str], Module]:
 
 
 def _layer(
-    report: ClientReport, header: Header, name: str, parts: dict[str, str], module: Module
+    report: ClientReport, outline: Outline, name: str, parts: dict[str, str], module: Module
 ) -> None:
     if module.kind in ("GroupNorm", "LayerNorm"):
         report.fatal.append(f"{name}: LoRA on a {module.kind}: PEFT raises")
@@ -95,7 +95,7 @@ def _layer(
     is_embedding = module.kind == "Embedding"
     read = EMBEDDING_PAIR if is_embedding else (*PAIR, "lora_B.bias")
     report.matched.update(key for part, key in parts.items() if part in read)
-    shapes = {part: header.shapes[key] for part, key in parts.items()}
+    shapes = {part: outline.shapes[key] for part, key in parts.items()}
     weight = module.shape
     if set(PAIR) <= set(parts):
         error = exact_error(shapes["lora_B.weight"], shapes["lora_A.weight"], weight)

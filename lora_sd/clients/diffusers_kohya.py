@@ -9,7 +9,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from lora_sd.clients.fits import exact_error
-from lora_sd.clients.header import Header
+from lora_sd.clients.outline import Outline
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import Module, Tables
 
@@ -42,11 +42,11 @@ Component = dict[str, Layer]
 """Translated name -> layer."""
 
 
-def check(report: ClientReport, header: Header, tables: Tables, keys: list[str]) -> None:
+def check(report: ClientReport, outline: Outline, tables: Tables, keys: list[str]) -> None:
     """Judge the keys of a file, all of which have kohya's prefixes."""
-    layers = _whole_layers(report, header, _without_mixed_names(report, tables, keys))
+    layers = _whole_layers(report, outline, _without_mixed_names(report, tables, keys))
     has_alpha = any(ALPHA in parts for parts in layers.values())
-    if not report.fatal and has_alpha and header.metadata.get("lora_adapter_metadata"):
+    if not report.fatal and has_alpha and outline.metadata.get("lora_adapter_metadata"):
         report.fatal.append(
             "kohya alphas and lora_adapter_metadata in one file: ValueError 'network_alphas and "
             "metadata cannot be specified both'"
@@ -55,12 +55,12 @@ def check(report: ClientReport, header: Header, tables: Tables, keys: list[str])
         return
     components: dict[str, Component] = {"unet": {}, "text_encoder": {}, "text_encoder_2": {}}
     for prefix, parts in layers.items():
-        layer = Layer(prefix, parts, header.shapes[parts[DOWN]][0])
+        layer = Layer(prefix, parts, outline.shapes[parts[DOWN]][0])
         if prefix.startswith("lora_unet_"):
-            _place_in_unet(report, header, tables, layer, components["unet"])
+            _place_in_unet(report, outline, tables, layer, components["unet"])
         else:
             name = "text_encoder_2" if prefix.startswith("lora_te2_") else "text_encoder"
-            _place_in_text_encoder(report, header, tables, layer, name, components[name])
+            _place_in_text_encoder(report, outline, tables, layer, name, components[name])
     in_unet = any(prefix.startswith("lora_unet_") for prefix in layers)
     if in_unet and not components["unet"] and not report.fatal:
         report.fatal.append(NO_UNET_LAYER)
@@ -71,7 +71,7 @@ def check(report: ClientReport, header: Header, tables: Tables, keys: list[str])
     for name in ("text_encoder", "text_encoder_2"):
         _use_text_encoder(report, tables, name, components[name])
     for name, component in components.items():
-        _check_alphas(report, header, name, component)
+        _check_alphas(report, outline, name, component)
 
 
 def _without_mixed_names(report: ClientReport, tables: Tables, keys: list[str]) -> list[str]:
@@ -89,9 +89,9 @@ def _without_mixed_names(report: ClientReport, tables: Tables, keys: list[str]) 
 
 
 def _whole_layers(
-    report: ClientReport, header: Header, keys: list[str]
+    report: ClientReport, outline: Outline, keys: list[str]
 ) -> dict[str, dict[str, str]]:
-    layers = Header({key: header.shapes[key] for key in keys}).layers()
+    layers = Outline({key: outline.shapes[key] for key in keys}).layers()
     for prefix, parts in layers.items():
         extra = [part for part in parts if part not in (DOWN, UP, ALPHA)]
         if extra or DOWN not in parts:
@@ -105,23 +105,23 @@ def _whole_layers(
 
 
 def _check_shape(
-    report: ClientReport, header: Header, layer: Layer, weight: tuple[int, ...]
+    report: ClientReport, outline: Outline, layer: Layer, weight: tuple[int, ...]
 ) -> None:
-    up, down = header.shapes[layer.parts[UP]], header.shapes[layer.parts[DOWN]]
+    up, down = outline.shapes[layer.parts[UP]], outline.shapes[layer.parts[DOWN]]
     error = exact_error(up, down, weight)
     if error:
         report.shape_errors.append(f"{layer.prefix}: {error}")
 
 
 def _place_in_unet(
-    report: ClientReport, header: Header, tables: Tables, layer: Layer, unet: Component
+    report: ClientReport, outline: Outline, tables: Tables, layer: Layer, unet: Component
 ) -> None:
     prefix, name = layer.prefix, OUTER.get(layer.prefix, layer.prefix)
     added = tables.is_sdxl and "add_embedding" in prefix
     if name == prefix and (name not in tables.unet_layers or added):
         name = tables.ldm_names.get(prefix, "") if tables.is_sdxl else ""
     if name in tables.unet_layers:
-        _check_shape(report, header, layer, tables.unet_layers[name])
+        _check_shape(report, outline, layer, tables.unet_layers[name])
         unet[name] = layer
         return
     for path, module in tables.modules["unet"].items():
@@ -137,7 +137,7 @@ def _text_module(tables: Tables, component: str, path: str) -> Module | None:
 
 def _place_in_text_encoder(
     report: ClientReport,
-    header: Header,
+    outline: Outline,
     tables: Tables,
     layer: Layer,
     name: str,
@@ -154,7 +154,7 @@ def _place_in_text_encoder(
             )
     component[path] = layer
     if module and module.kind == "Linear":
-        _check_shape(report, header, layer, module.shape)
+        _check_shape(report, outline, layer, module.shape)
 
 
 def _use_text_encoder(
@@ -183,12 +183,12 @@ def _use_text_encoder(
 
 
 def _check_alphas(
-    report: ClientReport, header: Header, component_name: str, component: Component
+    report: ClientReport, outline: Outline, component_name: str, component: Component
 ) -> None:
     alphas = {
-        name: header.alphas[layer.parts[ALPHA]]
+        name: outline.alphas[layer.parts[ALPHA]]
         for name, layer in component.items()
-        if layer.parts.get(ALPHA) in header.alphas
+        if layer.parts.get(ALPHA) in outline.alphas
     }
     if not alphas:
         return

@@ -6,7 +6,7 @@ lora_down (rank, in[, k, k]), and `mid` of a Tucker decomposition (rank, rank, k
 
 import math
 
-from lora_sd.clients.header import Shape
+from lora_sd.clients.outline import Shape
 
 
 def flattened(shape: Shape) -> tuple[int, int]:

@@ -6,7 +6,7 @@ A file whose base it cannot tell, or tells wrongly, cannot be used with that bas
 import re
 
 from lora_sd.clients.fits import product_error
-from lora_sd.clients.header import Header, is_other_kind
+from lora_sd.clients.outline import Outline, is_other_kind
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import TABLES, Tables
 
@@ -32,16 +32,16 @@ TRANSFORMER_BLOCK = re.compile(
 )
 
 
-def check(header: Header, tables: Tables) -> ClientReport:
+def check(outline: Outline, tables: Tables) -> ClientReport:
     """What InvokeAI would do with a file."""
-    report = ClientReport.of("invoke", header)
-    for key in header.shapes:
+    report = ClientReport.of("invoke", outline)
+    for key in outline.shapes:
         if key.startswith("bundle_emb"):
             report.ignored[key] = "stripped by the loader"
     if tables.family in TABLES:
-        _tell_base(report, header, tables.family)
+        _tell_base(report, outline, tables.family)
     namings = set()
-    for prefix, parts in header.layers().items():
+    for prefix, parts in outline.layers().items():
         if prefix.startswith("bundle_emb"):
             continue
         if tables.is_sdxl and not prefix.startswith(SDXL_PREFIXES):
@@ -59,7 +59,7 @@ def check(header: Header, tables: Tables) -> ClientReport:
             is_ldm = prefix.removeprefix("lora_unet_").startswith(LDM_PARTS)
             namings.add("LDM" if is_ldm else "diffusers")
         if prefix in tables.invoke:
-            _layer(report, header, tables, prefix, parts)
+            _layer(report, outline, tables, prefix, parts)
     if len(namings) > 1:
         report.fatal.append(
             "LDM and diffusers UNet names mixed in one SDXL file: ValueError 'could only be "
@@ -69,7 +69,7 @@ def check(header: Header, tables: Tables) -> ClientReport:
 
 
 def _layer(
-    report: ClientReport, header: Header, tables: Tables, prefix: str, parts: dict[str, str]
+    report: ClientReport, outline: Outline, tables: Tables, prefix: str, parts: dict[str, str]
 ) -> None:
     """Judge a layer that the model has."""
     has_up = "lora_up.weight" in parts
@@ -80,7 +80,7 @@ def _layer(
         else:
             report.ignored[key] = "warning 'Unexpected keys found in LoRA/LyCORIS layer'"
     if has_up:
-        shapes = {part: header.shapes[key] for part, key in parts.items()}
+        shapes = {part: outline.shapes[key] for part, key in parts.items()}
         up, down, mid = (shapes.get(f"lora_{part}.weight") for part in ("up", "down", "mid"))
         assert up is not None and down is not None
         error = product_error(up, down, tables.invoke[prefix], mid)
@@ -88,11 +88,11 @@ def _layer(
             report.shape_errors.append(f"{prefix}: {error}")
 
 
-def _tell_base(report: ClientReport, header: Header, family: str) -> None:
-    width = _probed_width(header)
+def _tell_base(report: ClientReport, outline: Outline, family: str) -> None:
+    width = _probed_width(outline)
     told = FAMILY_OF_WIDTH.get(width) if width is not None else None
     if width is None and any(
-        (found := TRANSFORMER_BLOCK.match(key)) and int(found[1]) >= 2 for key in header.shapes
+        (found := TRANSFORMER_BLOCK.match(key)) and int(found[1]) >= 2 for key in outline.shapes
     ):
         told = "sdxl"
     if told is None:
@@ -104,10 +104,10 @@ def _tell_base(report: ClientReport, header: Header, family: str) -> None:
         report.fatal.append(f"InvokeAI takes the file for {told} (width {width}), not {family}")
 
 
-def _probed_width(header: Header) -> int | None:
+def _probed_width(outline: Outline) -> int | None:
     """The width that gives the base away: the first one found, in the file's order."""
     first = second = None
-    for key, shape in header.shapes.items():
+    for key, shape in outline.shapes.items():
         part = key.partition(".")[2]
         width = shape[1] if part in WIDTH_PARTS and len(shape) > 1 else None
         found = None

@@ -5,24 +5,24 @@ diffusers' UNet names of SDXL; LyCORIS looks for any module of that name, and wa
 """
 
 from lora_sd.clients.fits import exact_error, product_error
-from lora_sd.clients.header import Header, Shape, is_other_kind
+from lora_sd.clients.outline import Outline, Shape, is_other_kind
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import Module, Tables
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 
 
-def check_kohya(header: Header, tables: Tables) -> ClientReport:
+def check_kohya(outline: Outline, tables: Tables) -> ClientReport:
     """What kohya's tools would do with a file."""
-    report = ClientReport.of("kohya", header)
+    report = ClientReport.of("kohya", outline)
     ldm_of = {name: ldm for ldm, name in tables.ldm_names.items()}
-    for prefix, parts in header.layers().items():
+    for prefix, parts in outline.layers().items():
         name = ldm_of.get(prefix, prefix) if tables.is_sdxl else prefix
         weight = tables.kohya.get(name)
         if weight is None:
             continue
         if DOWN in parts and UP in parts:
-            shapes = {part: header.shapes[key] for part, key in parts.items()}
+            shapes = {part: outline.shapes[key] for part, key in parts.items()}
             _judge(report, prefix, exact_error(shapes[UP], shapes[DOWN], weight))
             _use(report, parts, {DOWN, UP, "alpha"})
             if "alpha" not in parts:
@@ -33,11 +33,11 @@ def check_kohya(header: Header, tables: Tables) -> ClientReport:
     return report
 
 
-def check_lycoris(header: Header, tables: Tables) -> ClientReport:
+def check_lycoris(outline: Outline, tables: Tables) -> ClientReport:
     """What LyCORIS would do with a file."""
-    report = ClientReport.of("lycoris", header)
+    report = ClientReport.of("lycoris", outline)
     without_lora = _modules_without_lora(tables)
-    for prefix, parts in header.layers().items():
+    for prefix, parts in outline.layers().items():
         is_lora = any(part.startswith("lora_") for part in parts)
         if prefix in without_lora:
             if is_lora:
@@ -52,7 +52,7 @@ def check_lycoris(header: Header, tables: Tables) -> ClientReport:
         if UP in parts and "alpha" not in parts:
             report.fatal.append(f"{prefix}: no alpha: create_network_from_weights raises TypeError")
         elif DOWN in parts and UP in parts:
-            shapes = {part: header.shapes[key] for part, key in parts.items()}
+            shapes = {part: outline.shapes[key] for part, key in parts.items()}
             if MID in parts:
                 error = product_error(shapes[UP], shapes[DOWN], weight, shapes[MID])
             else:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lora_sd.clients.header import Header
+from lora_sd.clients.outline import Outline
 
 TITLES = {
     "comfy": "ComfyUI",
@@ -49,8 +49,8 @@ class ClientReport:
     warnings: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, client: str, header: Header) -> "ClientReport":
-        return cls(client, list(header.shapes))
+    def of(cls, client: str, outline: Outline) -> "ClientReport":
+        return cls(client, list(outline.shapes))
 
     @property
     def title(self) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_sd.clients.header import Shape
+from lora_sd.clients.outline import Shape
 
 FOLDER = Path(__file__).parent / "tables"
 TABLES = ("sd15", "sd21", "sdxl")
