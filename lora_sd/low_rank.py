@@ -9,7 +9,7 @@ A layer with a DoRA magnitude is seen without it here: as base + low-rank update
 are set. A token table's update counts transposed, which leaves its singular values alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,6 +52,37 @@ def rank_for_energy(values: Tensor, share: float) -> int:
     return 1 + int(reached.int().argmax())
 
 
+@dataclass(frozen=True)
+class RankLimit:
+    """How far to lower ranks.
+
+    Attributes:
+        rank: the highest for linear layers and text encoders; None: no limit.
+        conv_rank: the highest for convolutions; None: as `rank`.
+        energy: share (0..1) of each layer's energy to keep; None: all that the rank allows.
+    """
+
+    rank: int | None = None
+    conv_rank: int | None = None
+    energy: float | None = None
+
+    def of(self, kind: str, values: Tensor) -> int:
+        """The rank for a layer of a kind with these singular values."""
+        rank = len(values) if self.energy is None else rank_for_energy(values, self.energy)
+        return self.capped(kind, rank)
+
+    def capped(self, kind: str, rank: int) -> int:
+        """The rank, or the highest for that kind of layer."""
+        conv_rank = self.rank if self.conv_rank is None else self.conv_rank
+        limit = conv_rank if kind == "conv" else self.rank
+        return rank if limit is None else min(rank, limit)
+
+    @property
+    def is_none(self) -> bool:
+        """Whether it limits nothing."""
+        return self == RankLimit()
+
+
 def truncated(layer: LoRAWeights, rank: int) -> LoRAWeights:
     """The layer's best approximation of `rank`, in float32; one that has no more is returned as it
     is, and so is a grouped convolution, whose factors cannot be mixed.
@@ -78,34 +109,38 @@ def truncated(layer: LoRAWeights, rank: int) -> LoRAWeights:
     )
 
 
-def from_delta(delta: Tensor, rank: int) -> tuple[LoRAWeights, Tensor]:
-    """(best factors of `rank` with alpha = rank, all singular values) of a dense update shaped as
-    its weight.
+def from_delta(
+    delta: Tensor, alpha: float, rank_of: Callable[[Tensor], int]
+) -> tuple[LoRAWeights, Tensor]:
+    """(best factors in float32, all singular values) of a dense update shaped as its weight.
 
     Through the eigenvectors of the smaller Gram matrix in float64: exact to about 1e-8 of the
     largest singular value, and several times faster than an SVD of the whole.
+
+    Args:
+        rank_of: chooses the rank by the singular values (min(out, in),).
     """
     matrix = delta.double().flatten(1)
     wide = matrix.shape[0] <= matrix.shape[1]
-    gram = matrix @ matrix.T if wide else matrix.T @ matrix
-    energies, vectors = torch.linalg.eigh(gram)
+    energies, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
     values = energies.flip(0).clamp(min=0).sqrt()
-    rank = min(rank, len(values))
-    vectors, root = vectors.flip(1)[:, :rank], values[:rank].sqrt()
-    other = (vectors.T @ matrix if wide else matrix @ vectors).float()
-    # `other` carries the singular values once; each factor gets their root.
-    spread = torch.where(root > 0, 1 / root, 0).float()
+    rank = rank_of(values)
+    vectors = vectors.flip(1)[:, :rank]
+    # The eigenvectors times the matrix carry the singular values; both factors get their root.
+    root = values[:rank].sqrt()
+    share = torch.where(root > 0, 1 / root, 0)
     if wide:
-        up, down = (vectors * root).float(), spread[:, None] * other
+        up, down = vectors * root, share[:, None] * (vectors.T @ matrix)
     else:
-        up, down = other * spread, (vectors * root).T.float()
+        up, down = matrix @ vectors * share, root[:, None] * vectors.T
+    up = up.float() / (alpha / rank)
     kernel = [1] * (delta.dim() - 2)
-    return (
-        LoRAWeights(
-            down.reshape(rank, *delta.shape[1:]), up.reshape(len(up), rank, *kernel), float(rank)
-        ),
-        values,
+    layer = LoRAWeights(
+        down=down.float().reshape(rank, *delta.shape[1:]),
+        up=up.reshape(len(up), rank, *kernel),
+        alpha=alpha,
     )
+    return layer, values
 
 
 @dataclass

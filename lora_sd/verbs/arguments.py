@@ -65,6 +65,31 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_rank_limit(parser: argparse.ArgumentParser) -> None:
+    """--rank, --conv-rank and --energy."""
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="highest rank, of linear layers and text encoders"
+    )
+    parser.add_argument(
+        "--conv-rank", type=int, metavar="N", help="highest rank of convolutions (default: --rank)"
+    )
+    parser.add_argument(
+        "--energy", type=float, metavar="SHARE", help="share of each layer's energy to keep: 0.95"
+    )
+
+
+def check_rank_limit(rank: int | None, conv_rank: int | None, energy: float | None) -> None:
+    """Raises ConfigError for ranks below 1, and an energy outside 0..1."""
+    problems = []
+    for flag, value in (("--rank", rank), ("--conv-rank", conv_rank)):
+        if value is not None and value < 1:
+            problems.append(f"{flag} is {value}; it must be 1 or more.")
+    if energy is not None and not 0 < energy <= 1:
+        problems.append(f"--energy is {energy:g}; it is a share above 0 and up to 1, such as 0.95.")
+    if problems:
+        raise ConfigError(problems)
+
+
 def check_output(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
     """Whether `path` may be written, asked before any work is done.
 

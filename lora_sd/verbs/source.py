@@ -26,6 +26,14 @@ class Source:
     format: str
     dtype: "torch.dtype"
 
+    @property
+    def notes(self) -> list[str]:
+        """What was read otherwise than the file says, for the user."""
+        from lora_sd.formats.reading import NOTE
+
+        note = self.adapter.metadata.get(NOTE)
+        return [f"'{self.path}': {note}"] if note else []
+
     def chosen_dtype(self, name: str | None) -> "torch.dtype":
         """The dtype of that name ('float16'), or the source's own for None."""
         import torch
@@ -45,16 +53,27 @@ def read_source(path: Path, allow_partial: bool = False) -> Source:
 
     adapter, family = load_any(path, allow_partial)
     dtypes = {factor.dtype for w in adapter.layers.values() for factor in (w.down, w.up)}
-    widest = torch.float16 if dtypes == {torch.float16} else torch.float32
-    if dtypes == {torch.bfloat16}:
-        widest = torch.bfloat16
-    return Source(path, adapter, family, format_of(path), widest)
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return Source(path, adapter, family, format_of(path), dtype)
 
 
 def format_of(path: Path) -> str:
     """'kohya' or 'diffusers', by the names of an adapter file's tensors."""
-    from safetensors import safe_open
+    from lora_sd.formats.safetensors_file import read_header
 
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
+    names = read_header(path).tensors
     return "kohya" if any(name.startswith(("lora_", "lycoris_")) for name in names) else "diffusers"
+
+
+def write_result(adapter: "Adapter", path: Path, dtype: "torch.dtype", format: str) -> list[str]:
+    """Write what a verb made of adapters, in that format or in one that holds all of it; notices
+    for the user. The name in A1111's list becomes the file's own."""
+    from lora_sd.formats import save_adapter
+
+    adapter.metadata["ss_output_name"] = path.stem
+    return save_adapter(adapter, path, dtype, format)
+
+
+def size_in_mb(path: Path) -> str:
+    """'4.3 MB'."""
+    return f"{path.stat().st_size / 1e6:.2f} MB"
