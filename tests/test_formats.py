@@ -17,7 +17,7 @@ from lora_sd import inject
 from lora_sd.durable import sha256_bytes
 from lora_sd.errors import AdapterError
 from lora_sd.formats import load_adapter, save_adapter
-from lora_sd.formats.kohya import key_of
+from lora_sd.formats.kohya import keys_of
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.merge import MergedWeights
 
@@ -70,7 +70,8 @@ def test_the_keys_of_every_layer_are_those_of_lycoris(family):
     known = json.loads((PROJECT / "tests" / "data" / "kohya_keys.json").read_text())[family]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(known["unet"])
-    assert sorted(map(key_of, inject.layer_shapes(unet))) == known["lycoris_full"]
+    keys = keys_of(inject.layer_shapes(unet), is_sdxl=False)
+    assert sorted(keys.values()) == known["lycoris_full"]
 
 
 @pytest.mark.parametrize("preset", ["attention", "attention-conv", "full"])
