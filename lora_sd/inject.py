@@ -14,7 +14,7 @@ behind the component:
 import fnmatch
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -91,7 +91,7 @@ def layer_shapes(model: Model) -> dict[str, Size]:
 
 
 def choose_layers(
-    model: Model,
+    shapes: Mapping[str, Size],
     preset: str,
     rank: int,
     alpha: float | None,
@@ -109,6 +109,7 @@ def choose_layers(
     pattern of `include` that ends in its name.
 
     Args:
+        shapes: weight shape of every layer of the model (`layer_shapes`); no weights are needed.
         ranks: ranks of their own for some of the chosen layers, 'PATTERN=RANK' or
             'PATTERN=RANK:ALPHA'; without alpha the scaling stays. The last that fits counts.
         clamp_ranks: give a layer too small for its rank its limit, at the same scaling, instead of
@@ -118,49 +119,48 @@ def choose_layers(
         ConfigError: a pattern that matches nothing, nothing chosen at all, or ranks above a
             layer's limit; all problems at once.
     """
-    layers = adaptable_layers(model)
     problems: list[str] = []
     rules = [rule for text in ranks if (rule := _rank_rule(text, problems))]
 
-    def usable(setting: str, pattern: str, names: Iterator[str] | list[str]) -> bool:
+    def usable(setting: str, pattern: str, names: Iterable[str]) -> bool:
         wrong = _invalid(pattern)
-        if not wrong and not any(_is_meant(pattern, name, layers[name]) for name in names):
+        if not wrong and not any(_is_meant(pattern, name, shapes[name]) for name in names):
             wrong = f"'adapter.{setting}': no layer matches '{pattern}'."
-            wrong += _nearest_layer(pattern, layers)
+            wrong += _nearest_layer(pattern, shapes)
         if wrong:
             problems.append(wrong)
         return not wrong
 
-    include = [p for p in include if usable("include", p, list(layers))]
-    exclude = [p for p in exclude if usable("exclude", p, list(layers))]
+    include = [p for p in include if usable("include", p, shapes)]
+    exclude = [p for p in exclude if usable("exclude", p, shapes)]
     chosen = []
-    for name, layer in layers.items():
+    for name, shape in shapes.items():
         presets = TEXT_PRESETS if component_of(name) in TEXT_ENCODERS else PRESETS
-        wanted = [*(() if isinstance(layer, nn.Embedding) else presets[preset]), *include]
-        if any(_is_meant(p, name, layer) for p in wanted) and not any(
-            _is_meant(p, name, layer) for p in exclude
+        wanted = [*(() if name.endswith(TOKENS) else presets[preset]), *include]
+        if any(_is_meant(pattern, name, shape) for pattern in wanted) and not any(
+            _is_meant(pattern, name, shape) for pattern in exclude
         ):
             chosen.append(name)
     rules = [rule for rule in rules if usable("ranks", rule.pattern, chosen)]
     plans, too_large = [], []
     for name in chosen:
-        layer = layers[name]
-        conv = is_conv(layer.weight.shape)
+        shape = shapes[name]
+        conv = is_conv(shape)
         layer_rank, given = (conv_rank, conv_alpha) if conv else (rank, alpha)
         layer_alpha = float(layer_rank if given is None else given)
         setting = "adapter.conv_rank" if conv else "adapter.rank"
         for rule in rules:
-            if _is_meant(rule.pattern, name, layer):
+            if _is_meant(rule.pattern, name, shape):
                 scaling = layer_alpha / layer_rank if layer_rank else 1.0
                 layer_alpha = scaling * rule.rank if rule.alpha is None else rule.alpha
                 layer_rank, setting = rule.rank, "adapter.ranks"
-        limit = rank_limit(layer)
+        limit = rank_limit(shape)
         if layer_rank > limit and clamp_ranks:
             layer_rank, layer_alpha = limit, layer_alpha * limit / layer_rank
         if layer_rank > limit:
             too_large.append((setting, layer_rank, limit, name))
         if layer_rank:
-            plans.append(LayerPlan(name, layer_rank, layer_alpha, layer.weight.shape))
+            plans.append(LayerPlan(name, layer_rank, layer_alpha, shape))
     problems += _too_large(too_large)
     if not plans and not problems:
         problems.append(
@@ -345,11 +345,11 @@ def matches(pattern: str, name: str, conv: bool = False) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def _is_meant(pattern: str, name: str, layer: Adaptable) -> bool:
+def _is_meant(pattern: str, name: str, shape: Size) -> bool:
     """Whether a pattern names a layer; a token table only by its own name."""
-    if isinstance(layer, nn.Embedding) and not pattern.endswith(TOKENS):
+    if name.endswith(TOKENS) and not pattern.endswith(TOKENS):
         return False
-    return matches(pattern, name, is_conv(layer.weight.shape))
+    return matches(pattern, name, is_conv(shape))
 
 
 @dataclass(frozen=True)
@@ -432,7 +432,7 @@ def _invalid(pattern: str) -> str:
     return ""
 
 
-def _nearest_layer(pattern: str, layers: Mapping[str, Adaptable]) -> str:
+def _nearest_layer(pattern: str, layers: Iterable[str]) -> str:
     """' Did you mean ...?' with the nearest path endings of as many parts as the pattern has."""
     if pattern.startswith("block:"):
         blocks = dict.fromkeys(block_of(name) for name in layers)

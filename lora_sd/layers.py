@@ -113,7 +113,7 @@ class LoRALayer(nn.Module):
     ) -> None:
         super().__init__()
         if rank:
-            check_rank(base, rank)
+            check_rank(innermost(base).weight.shape, rank)
         if dora and (up_bias or isinstance(base, nn.Embedding)):
             raise ValueError("DoRA has no bias of its own and no form for embeddings")
         self.base = base.requires_grad_(False)
@@ -541,15 +541,15 @@ def innermost(layer: nn.Module) -> Any:
     return layer
 
 
-def rank_limit(base: nn.Module) -> int:
+def rank_limit(weight_shape: Size) -> int:
     """The highest useful rank: the smaller side of the weight seen as (out, in * kernel)."""
-    return min(cast(Tensor, base.weight).flatten(1).shape)
+    return min(weight_shape[0], weight_shape[1:].numel())
 
 
-def check_rank(base: nn.Module, rank: int) -> None:
+def check_rank(weight_shape: Size, rank: int) -> None:
     """Raises ValueError when `rank` is not between 1 and the layer's limit."""
-    if not 1 <= rank <= rank_limit(base):
-        raise ValueError(f"rank {rank} is outside 1..{rank_limit(base)}")
+    if not 1 <= rank <= rank_limit(weight_shape):
+        raise ValueError(f"rank {rank} is outside 1..{rank_limit(weight_shape)}")
 
 
 def add_to_bias(layer: Any, delta: Tensor | None, scale: float) -> None:

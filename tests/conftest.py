@@ -45,7 +45,7 @@ def choose(
 ) -> list[inject.LayerPlan]:
     """Layers of a small UNet, with ranks that fit all of them."""
     options = {"rank": 2, "alpha": 2, "conv_rank": 3, "conv_alpha": 1, **changes}
-    return inject.choose_layers(unet, preset, **options)
+    return inject.choose_layers(inject.layer_shapes(unet), preset, **options)
 
 
 def randomise(unet: nn.Module) -> None:

@@ -31,7 +31,7 @@ def finished_run(outputs: Path, name: str = "run") -> RunFolder:
     run.path.mkdir(parents=True)
     run.config_file.write_text("base: {model: tiny-sd}\nsample: {prompts: [an owl]}\n")
     base = load_base_model("tiny-sd", torch.device("cpu"), torch.float32)
-    plans = inject.choose_layers(base.unet, "attention", 4, 4.0, 4, 4.0)
+    plans = inject.choose_layers(inject.layer_shapes(base.unet), "attention", 4, 4.0, 4, 4.0)
     layers = inject.attach(base.unet, plans)
     for layer in layers.values():
         torch.nn.init.normal_(layer.lora_up.weight, std=0.3)
