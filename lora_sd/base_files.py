@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 
 from lora_sd.errors import BaseModelError, shown_list
@@ -94,6 +95,10 @@ class BaseFiles:
             and not name.startswith("vae.")
             and not name.endswith(".position_embedding.weight")
         }
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in its file."""
+        return self._at[name][0].stored.dtype
 
     def read(self, layer: str) -> Tensor:
         """The weight of a layer, in the file's dtype."""

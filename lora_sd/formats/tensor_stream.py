@@ -7,7 +7,7 @@ Read with plain file reads rather than a memory map, whose pages would count as 
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class StoredTensor:
         """
         shape = self.shape if rows is None else Size((rows, *self.shape[1:]))
         tensor = torch.empty(shape, dtype=self.dtype)
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
         with open(self.path, "rb") as file:
             file.seek(self.offset + first_row * self.shape[1:].numel() * self.dtype.itemsize)
             if file.readinto(data) != len(data):
@@ -108,6 +108,7 @@ def write_tensor_file(
     plan: Mapping[str, tuple[torch.dtype, Size]],
     tensor_of: Callable[[str], Tensor],
     metadata: Mapping[str, str],
+    watch: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> None:
     """Write a safetensors file, one tensor in memory at a time, and fsync it.
 
@@ -117,6 +118,7 @@ def write_tensor_file(
         plan: dtype and shape of each tensor by its key.
         tensor_of: makes the tensor of a key; called once each, wide dtypes first, as the library
             orders them, so that every tensor is aligned.
+        watch: wraps the walk over the keys, to show progress.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -132,10 +134,10 @@ def write_tensor_file(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for key in order:
+        for key in watch(order):
             tensor = tensor_of(key)
             if (tensor.dtype, tensor.shape) != plan[key]:
                 raise ValueError(f"'{key}' is {tensor.dtype} {tuple(tensor.shape)}: not as planned")
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -1,0 +1,227 @@
+"""A base model's files written anew with adapters in them, tensor by tensor."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Size, Tensor
+
+from lora_sd import durable
+from lora_sd.adapter import Adapter, LoRAWeights
+from lora_sd.base_files import WEIGHTS, BaseFiles
+from lora_sd.errors import AdapterError, UserError, shown_list
+from lora_sd.formats.original import Piece, to_original
+from lora_sd.formats.tensor_stream import StoredTensor, file_bytes, write_tensor_file
+from lora_sd.parts import Scales
+
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data"),
+)
+SPARE_BYTES = 2**26
+Updates = Mapping[str, Sequence[tuple[LoRAWeights, float]]]  # by layer: factors, scale
+Watch = Callable[[Iterable[str]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A base, what is added to each of its layers, and the dtype to write (None: as it is)."""
+
+    base: BaseFiles
+    updates: Updates
+    dtype: torch.dtype | None
+
+    def written_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is written; integers stay."""
+        dtype = self.base.dtype(name)
+        return self.dtype if self.dtype and dtype.is_floating_point else dtype
+
+    def joined(self, pieces: Mapping[str, Piece], key: str) -> Tensor:
+        """A tensor of a file to be written, by its key there."""
+        return pieces[key].join([self.tensor(name) for name in pieces[key].names])
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the model with the adapters in it: base + sum of scale * delta in float32,
+        rounded once.
+
+        Raises:
+            AdapterError: the result is not finite in that dtype.
+        """
+        base = self.base.tensor(name)
+        layer, _, part = name.rpartition(".")
+        merged = base
+        if layer in self.updates and part in ("weight", "bias"):
+            merged = base.float().clone()
+            for weights, scale in self.updates[layer]:
+                if part == "weight":
+                    weights.add_to(merged, scale, base)
+                elif (delta := weights.bias_delta()) is not None:
+                    merged += scale * delta
+        result = merged.to(self.written_dtype(name))
+        if merged is not base and not torch.isfinite(result).all():
+            raise AdapterError(
+                f"'{name}' holds values that {result.dtype} cannot: its largest would be "
+                f"{merged.abs().max():.3g}. Choose a lower scale, or the dtype bfloat16 or float32."
+            )
+        return result
+
+
+def gather_updates(base: BaseFiles, adapters: Sequence[tuple[Adapter, Scales]]) -> Updates:
+    """What the adapters add to each layer; layers at scale 0 are left alone.
+
+    Raises:
+        AdapterError: an adapter does not fit the base, or has a bias for a layer without one.
+    """
+    updates: dict[str, list[tuple[LoRAWeights, float]]] = {}
+    for number, (adapter, scales) in enumerate(adapters, 1):
+        adapter.check_fits(base.shapes, adapter.metadata.get("ss_output_name", f"adapter {number}"))
+        for name, weights in adapter.layers.items():
+            if scale := scales.of(name, weights.weight_shape):
+                updates.setdefault(name, []).append((weights, scale))
+    homeless = [
+        name
+        for name, parts in updates.items()
+        if f"{name}.bias" not in base.tensor_shapes and any(w.up_bias is not None for w, _ in parts)
+    ]
+    if homeless:
+        raise AdapterError(
+            f"The adapter adds a bias to {len(homeless)} layers that have none in the base, such "
+            f"as {shown_list(homeless, 2)}: a base model's file has no place for it. Train without "
+            f"'up_bias' to bake."
+        )
+    return updates
+
+
+def single_file_plan(recipe: Recipe) -> tuple[list[Piece], list[StoredTensor]]:
+    """(pieces, tensors to copy as they are) of the single file; an EMA copy is left out, as it is
+    the model without the adapters."""
+    base = recipe.base
+    if base.is_folder:
+        return to_original(base.tensor_shapes, base.has_open_clip), []
+    copied = [stored for stored in base.rest if not stored.key.startswith("model_ema.")]
+    return [entry.piece for entry in base.entries], copied
+
+
+def write_single_file(
+    recipe: Recipe, path: Path, metadata: Mapping[str, str], watch: Watch = iter
+) -> None:
+    """Write the model as one file in the original layout.
+
+    Raises:
+        UserError: the disk is too small; nothing is written then.
+    """
+    pieces, copied = single_file_plan(recipe)
+    by_key = {piece.key: piece for piece in pieces}
+    as_they_are = {stored.key: stored for stored in copied}
+    plan = {key: _planned(recipe, piece) for key, piece in by_key.items()}
+    plan |= {key: (stored.dtype, stored.shape) for key, stored in as_they_are.items()}
+    check_room(path.parent, file_bytes(plan))
+
+    def tensor_of(key: str) -> Tensor:
+        return as_they_are[key].read() if key in as_they_are else recipe.joined(by_key, key)
+
+    write_tensor_file(path, plan, tensor_of, metadata, watch)
+
+
+def write_folder(recipe: Recipe, folder: Path, watch: Watch = iter) -> None:
+    """Write the model as a diffusers folder, everything else in it copied; each weights file keeps
+    its name. Weights that were not read (other variants, other formats) are left out.
+
+    Raises:
+        UserError: the disk is too small; nothing is written then.
+    """
+    base = recipe.base
+    files: dict[Path, dict[str, Piece]] = {}
+    for entry in base.entries:
+        files.setdefault(entry.stored.path, {})[entry.stored.key] = entry.piece
+    plans = {
+        path: {key: _planned(recipe, piece) for key, piece in pieces.items()}
+        for path, pieces in files.items()
+    }
+    others = list(files_to_copy(base.path, set(files)))
+    copied_bytes = sum(path.stat().st_size for path in others)
+    check_room(folder.parent, copied_bytes + sum(map(file_bytes, plans.values())))
+    for path in others:
+        target = folder / path.relative_to(base.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    for path, plan in plans.items():
+        target = folder / path.relative_to(base.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_tensor_file(target, plan, partial(recipe.joined, files[path]), {}, watch)
+
+
+def files_to_copy(folder: Path, read: set[Path]) -> Iterator[Path]:
+    """A diffusers folder's files that are no weights of the parts that are read here, so that no
+    weights without the adapters stay beside those with them. Hidden files are left out."""
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in place.parts):
+            continue
+        if len(place.parts) > 1 and place.parts[0] not in WEIGHTS:
+            yield path  # another component, such as the safety checker
+        elif path.name.endswith(".json") and ".index" in path.name:
+            shards = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
+            if {path.parent / shard for shard in shards} <= read:
+                yield path
+        elif path.suffix.lower() not in WEIGHT_SUFFIXES:
+            yield path
+
+
+def check_room(folder: Path, wanted_bytes: int) -> None:
+    """Raises UserError when the disk of `folder` has less room than that."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted_bytes + SPARE_BYTES:
+        raise UserError(
+            f"The result needs {wanted_bytes / 1e9:.1f} GB, and the disk of '{folder}' has "
+            f"{free / 1e9:.1f} GB left. Make room, or choose another disk."
+        )
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """A sibling path to write a file or folder to; it takes `final`'s place when all went well, and
+    is removed otherwise.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    path = final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex[:8]}")
+    old = path.with_name(f"{path.name}-old")
+    try:
+        yield path
+        if path.is_dir():
+            _sync_tree(path)
+            if final.exists():
+                os.replace(final, old)
+        durable.replace(path, final)
+        durable.remove_folder(old)
+    except OSError as error:
+        raise UserError(
+            f"'{final}' could not be written: {error.strerror or error}. It is as it was before."
+        ) from error
+    finally:
+        if old.exists() and not final.exists():
+            os.replace(old, final)
+        durable.remove_folder(path)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            durable.sync_folder(path)
+        else:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    durable.sync_folder(folder)
+
+
+def _planned(recipe: Recipe, piece: Piece) -> tuple[torch.dtype, Size]:
+    shapes = [recipe.base.tensor_shapes[name] for name in piece.names]
+    return recipe.written_dtype(piece.names[0]), piece.joined_shape(shapes)

@@ -1,0 +1,55 @@
+"""What files made from a base model say of it: kohya's `ss_*` keys in adapters, Stability's
+ModelSpec 1.0.1 in checkpoints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_sd.base_files import BaseFiles
+
+VERSIONS = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+ARCHITECTURES = {
+    "sd_v1": "stable-diffusion-v1",
+    "sd_v2": "stable-diffusion-v2-512",
+    "sd_v2_v": "stable-diffusion-v2-768-v",
+    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
+}
+IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+
+
+def predicts_v(base: BaseFiles) -> bool:
+    """Whether the model predicts v instead of the noise, as far as its files say so."""
+    if base.is_folder:
+        return base.config("scheduler").get("prediction_type") == "v_prediction"
+    return base.metadata.get("modelspec.prediction_type") == "v"
+
+
+def kohya_version(base: BaseFiles) -> str:
+    """`ss_base_model_version`, or the model's own name where it is none that kohya knows."""
+    version = VERSIONS.get(base.family, Path(base.name).stem)
+    return f"{version}_v" if version == "sd_v2" and predicts_v(base) else version
+
+
+def adapter_metadata(base: BaseFiles) -> dict[str, str]:
+    """What an adapter for this model says of it."""
+    version = kohya_version(base)
+    metadata = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
+    if architecture := ARCHITECTURES.get(version):
+        metadata["modelspec.architecture"] = f"{architecture}/lora"
+    return metadata
+
+
+def checkpoint_metadata(base: BaseFiles, title: str, adapters: Sequence[str]) -> dict[str, str]:
+    """What a checkpoint made of this model and these adapters says, besides what the model's own
+    file said. No date is in it, so that the same sources give the same file."""
+    stale = ("format", "modelspec.hash_sha256", "modelspec.date")
+    metadata = {key: value for key, value in base.metadata.items() if key not in stale}
+    metadata |= {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": title,
+        "modelspec.implementation": IMPLEMENTATION,
+        "modelspec.merged_from": ", ".join([Path(base.name).stem, *adapters]),
+    }
+    if architecture := ARCHITECTURES.get(kohya_version(base)):
+        metadata["modelspec.architecture"] = architecture
+        metadata["modelspec.prediction_type"] = "v" if predicts_v(base) else "epsilon"
+    return metadata

@@ -1,0 +1,180 @@
+"""`bake`: adapters put into a base model for good, which is saved."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_sd.errors import Problems, UserError
+from lora_sd.verbs.arguments import add_dtype, progress
+from lora_sd.verbs.combine import parsed_source
+
+if TYPE_CHECKING:
+    from lora_sd.base_files import BaseFiles
+    from lora_sd.parts import Scales
+
+DESCRIPTION = """\
+Put one or several adapters into a base model for good and save it: as a diffusers folder, or as one
+file in the original layout, which A1111, Forge, ComfyUI and InvokeAI load, when the output ends in
+.safetensors.
+
+The base is tiny-sd, a diffusers folder or a .safetensors checkpoint, and stays as it is. A single
+file can only become a single file. FILE=SCALE gives a scale, as of `combine`: 0.8, or by part,
+1,conv=0.5,text_encoder=0,mid=0.7.
+
+The sum is made in float32 and rounded once. The model is read and written tensor by tensor: the
+memory of its largest tensor is enough."""
+EXAMPLE = """\
+  python -m lora_sd bake models/sd15 cat.safetensors=0.8 -o models/sd15-cat
+  python -m lora_sd bake sd15.safetensors cat.safetensors ink.safetensors=0.5 \\
+      -o sd15-cat-ink.safetensors --dtype float16"""
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What `bake` did.
+
+    Attributes:
+        layers: how many layers of the base were changed.
+        size_bytes: of the file or of the folder with all its files.
+        left_out: tensors of an EMA copy in a single file, which are not written.
+    """
+
+    layers: int
+    size_bytes: int
+    left_out: int
+
+
+def bake(
+    base: str,
+    sources: "Sequence[tuple[Path, Scales]]",
+    output: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Baked:
+    """Write a base model with adapters in it.
+
+    Args:
+        base: 'tiny-sd', a diffusers folder or a `.safetensors` checkpoint.
+        sources: adapter files and their scales.
+        output: a `.safetensors` file in the original layout, or else a diffusers folder.
+        dtype: 'float16', 'bfloat16', 'float32'; None: each tensor's own.
+
+    Raises:
+        BaseModelError: the base cannot be read.
+        AdapterError: an adapter cannot be read or belongs to another model, or a sum is too large
+            for the dtype.
+        UserError: the output exists, is the base itself, or cannot be written.
+    """
+    import torch
+
+    from lora_sd.baked_files import Recipe, gather_updates, staged, write_folder, write_single_file
+    from lora_sd.base_files import open_base
+    from lora_sd.base_metadata import checkpoint_metadata
+    from lora_sd.formats import load_adapter
+
+    files = open_base(base)
+    check_target(files, output, overwrite)
+    problems = Problems()
+    adapters = []
+    for path, scales in sources:
+        with problems.gathered():
+            adapters.append((load_adapter(path, files.shapes), scales))
+    problems.tell()
+    chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    recipe = Recipe(files, gather_updates(files, adapters), chosen)
+    watch = partial(progress, what="baking")
+    with staged(output) as path:
+        if is_single_file(output):
+            names = [source.stem for source, _ in sources]
+            write_single_file(recipe, path, checkpoint_metadata(files, output.stem, names), watch)
+        else:
+            write_folder(recipe, path, watch)
+    written = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
+    return Baked(
+        layers=len(recipe.updates),
+        size_bytes=sum(path.stat().st_size for path in written),
+        left_out=sum(stored.key.startswith("model_ema.") for stored in files.rest),
+    )
+
+
+def is_single_file(output: Path) -> bool:
+    """Whether a file is asked for, rather than a folder."""
+    return output.suffix.lower() == ".safetensors"
+
+
+def check_target(base: "BaseFiles", output: Path, overwrite: bool) -> None:
+    """Whether the output may be written, asked before any work is done.
+
+    Raises:
+        UserError: it is the base or has to do with it, it exists and may not be replaced, or its
+            folder does not exist.
+    """
+    here, there = output.resolve(), base.path.resolve()
+    single = is_single_file(output)
+    if here == there or here in there.parents or there in here.parents:
+        raise UserError(
+            f"The output '{output}' is the base model's own place. Name another, so that the base "
+            f"stays as it is."
+        )
+    if not single and not base.is_folder:
+        raise UserError(
+            f"'{base.name}' is a single file, without the settings and the tokenizer that a folder "
+            f"needs: let the output end in .safetensors. diffusers makes a folder of that: "
+            f"StableDiffusionPipeline.from_single_file(...).save_pretrained(...)."
+        )
+    if not output.parent.is_dir():
+        raise UserError(f"There is no folder '{output.parent}' to write '{output.name}' into.")
+    if output.exists() and not overwrite:
+        raise UserError(f"'{output}' exists already. Choose another name, or add --overwrite.")
+    if output.is_dir() and (single or not (output / "model_index.json").is_file()):
+        raise UserError(f"'{output}' is a folder and no diffusers model: it is not overwritten.")
+    if output.is_file() and not single:
+        raise UserError(f"'{output}' is a file. A single file's name must end in '.safetensors'.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "base", metavar="BASE", help="tiny-sd, a diffusers folder or a .safetensors checkpoint"
+    )
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE[=SCALE]", help="the adapters and their scales"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        required=True,
+        help="a .safetensors file in the original layout, or else a diffusers folder",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output if it exists already"
+    )
+    add_dtype(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    done = bake(
+        options.base,
+        [parsed_source(text) for text in options.files],
+        options.output,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    adapters = "1 adapter" if len(options.files) == 1 else f"{len(options.files)} adapters"
+    size = (
+        f"{done.size_bytes / 1e9:.2f} GB"
+        if done.size_bytes >= 1e9
+        else (f"{done.size_bytes / 1e6:.1f} MB")
+    )
+    print(f"'{options.output}': {adapters} in {done.layers} layers, {size}")
+    if done.left_out:
+        print(
+            f"The {done.left_out} tensors of the base's EMA copy were left out: it is the model "
+            f"without the adapters."
+        )
+    return 0
