@@ -84,8 +84,8 @@ class RankLimit:
 
 
 def truncated(layer: LoRAWeights, rank: int) -> LoRAWeights:
-    """The layer's best approximation of `rank`, in float32; one that has no more is returned as it
-    is, and so is a grouped convolution, whose factors cannot be mixed.
+    """The layer's best approximation of at most `rank`, in float32; one that has no more is
+    returned as it is, and so is a grouped convolution, whose factors cannot be mixed.
 
     alpha stays the number it was; the factors make up for the changed alpha / rank, and so does
     `up_bias`. A magnitude is kept.
@@ -96,6 +96,7 @@ def truncated(layer: LoRAWeights, rank: int) -> LoRAWeights:
     up_base, up_rest = torch.linalg.qr(up)
     down_base, down_rest = torch.linalg.qr(down.T)
     left, values, right = torch.linalg.svd(up_rest @ down_rest.T)
+    rank = min(rank, len(values))
     # Both factors carry the root of the singular values, so that neither is small in float16.
     root = (values[:rank] * layer.scaling / (layer.alpha / rank)).sqrt()
     new_up = (up_base @ left[:, :rank]) * root

@@ -171,7 +171,7 @@ def _draw_norms(canvas: _Canvas, box: Box, groups: Sequence[Group], kinds: Seque
             value = height_of[block, kind]
             y = bottom - value / top_value * (bottom - top)
             x = start + i * bar
-            canvas.bar(x + 1, y, x + bar - 1, bottom - 1, KIND_COLOURS[kind])
+            canvas.bar(x + 1, min(y, bottom - 1), x + bar - 1, bottom - 1, KIND_COLOURS[kind])
             canvas.text((x + bar / 2, y - 8), f"{value:.2g}", 10)
 
 

@@ -58,6 +58,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_base(parser: argparse.ArgumentParser, also_for: str = "") -> None:
+    """--base; `also_for` is what it is for besides telling the adapter's layers."""
+    what = "a base model (tiny-sd, a diffusers folder or a .safetensors file)"
+    need = "where the adapter's layers do not tell its family"
+    parser.add_argument("--base", metavar="MODEL", help=f"{what}: {also_for}{need}")
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """--dtype; None stands for the source's own."""
     parser.add_argument(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_sd.errors import AdapterError, ConfigError
 from lora_sd.verbs.arguments import (
+    add_base,
     add_dtype,
     add_output,
     add_rank_limit,
@@ -70,8 +71,8 @@ def combine(
     Args:
         sources: adapter files and their scales.
         rank, conv_rank, energy: as of `resize`; none: exact.
-        base: the base model, where there are DoRA layers: 'tiny-sd', a diffusers folder or a
-            .safetensors file.
+        base: the base model, where there are DoRA layers or it is of no known family: 'tiny-sd',
+            a diffusers folder or a .safetensors file.
         dtype: 'float16', 'bfloat16', 'float32'; None: the sources' own, or float32 where they
             differ.
 
@@ -82,6 +83,7 @@ def combine(
     """
     import torch
 
+    from lora_sd.base_files import open_base
     from lora_sd.combination import Ingredient
     from lora_sd.combination import combine as combined
     from lora_sd.errors import Problems
@@ -94,7 +96,7 @@ def combine(
     problems = Problems()
     for path, _ in sources:
         with problems.gathered():
-            found.append(read_source(path))
+            found.append(read_source(path, base))
     problems.tell()
     families = {source.family: source.path for source in found}
     if len(families) > 1:
@@ -104,14 +106,7 @@ def combine(
         Ingredient(source.adapter, scales, _name_of(source))
         for source, (_, scales) in zip(found, sources, strict=True)
     ]
-    read_base = None
-    if base is not None:
-        from lora_sd.base_files import open_base
-
-        files = open_base(base)
-        for source in found:
-            source.adapter.check_fits(files.shapes, str(source.path))
-        read_base = files.read
+    read_base = open_base(base).read if base is not None else None
     limit = RankLimit(rank, conv_rank, energy)
     adapter, error = combined(ingredients, limit, read_base, partial(progress, what="combining"))
     dtypes = {source.dtype for source in found}
@@ -133,11 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output(parser)
     add_rank_limit(parser)
-    parser.add_argument(
-        "--base",
-        metavar="MODEL",
-        help="for DoRA layers: tiny-sd, a diffusers folder or a .safetensors",
-    )
+    add_base(parser, "for DoRA layers, and ")
     add_dtype(parser)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sd.errors import AdapterError, ConfigError
-from lora_sd.verbs.arguments import FORMATS, add_dtype, add_output, check_output
+from lora_sd.verbs.arguments import FORMATS, add_base, add_dtype, add_output, check_output
 
 if TYPE_CHECKING:
     from lora_sd.adapter import Adapter
@@ -46,6 +46,7 @@ def convert(
     output: Path,
     *,
     format: str | None = None,
+    base: str | None = None,
     dtype: str | None = None,
     exact: bool = False,
     allow_partial: bool = False,
@@ -55,6 +56,7 @@ def convert(
 
     Args:
         format: 'kohya' or 'diffusers'; None: the source's.
+        base: the base model, where it is of no known family.
         dtype: 'float16', 'bfloat16', 'float32'; None: the source's.
         exact: keep every factor and alpha as it is, though some client may misread the file.
         allow_partial: leave out what cannot be read, or what the format cannot hold.
@@ -69,7 +71,7 @@ def convert(
     check_output(output, overwrite)
     if format is None and dtype is None:
         raise ConfigError("Say what to convert to: --format, --dtype, or both.")
-    found = read_source(source, allow_partial)
+    found = read_source(source, base, allow_partial)
     chosen = found.chosen_dtype(dtype)
     wanted = format or found.format
     adapter, notices = found.adapter, found.notes
@@ -108,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the adapter, .safetensors")
     add_output(parser)
     parser.add_argument("--format", choices=FORMATS, help="default: as the source")
+    add_base(parser)
     add_dtype(parser)
     parser.add_argument(
         "--exact", action="store_true", help="keep every number, though diffusers may misread it"
@@ -126,6 +129,7 @@ def run(options: argparse.Namespace) -> int:
         options.file,
         options.output,
         format=options.format,
+        base=options.base,
         dtype=options.dtype,
         exact=options.exact,
         allow_partial=options.allow_partial,

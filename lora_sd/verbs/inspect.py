@@ -2,13 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sd import durable
-from lora_sd.verbs.arguments import check_output, progress
+from lora_sd.verbs.arguments import add_base, check_output, progress
 
 if TYPE_CHECKING:
     from lora_sd.spectrum import Group, LayerFacts
@@ -61,18 +61,13 @@ def inspect(path: Path, base: str | None = None) -> Inspection:
         AdapterError: the file is damaged, or belongs to another model than `base`.
         BaseModelError: the base cannot be read.
     """
+    from lora_sd.base_files import open_base
     from lora_sd.spectrum import layer_facts
     from lora_sd.verbs.source import read_source
 
-    source = read_source(path)
+    source = read_source(path, base)
     adapter = source.adapter
-    read: Callable[[str], Any] | None = None
-    if base is not None:
-        from lora_sd.base_files import open_base
-
-        files = open_base(base)
-        adapter.check_fits(files.shapes, str(path))
-        read = files.read
+    read = open_base(base).read if base is not None else None
     facts = list(progress(layer_facts(adapter, read), "inspecting", len(adapter.layers)))
     weights = (tensor for w in adapter.layers.values() for tensor in (w.down, w.up))
     return Inspection(
@@ -90,11 +85,7 @@ def inspect(path: Path, base: str | None = None) -> Inspection:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the adapter, .safetensors")
-    parser.add_argument(
-        "--base",
-        metavar="MODEL",
-        help="its base model, for relative norms: tiny-sd, a diffusers folder or a .safetensors",
-    )
+    add_base(parser, "for relative norms, and ")
     parser.add_argument("--layers", action="store_true", help="a row for each layer")
     parser.add_argument("--json", action="store_true", help="everything as JSON, for programs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw norms and spectra too")

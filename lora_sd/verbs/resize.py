@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_sd.errors import AdapterError, ConfigError
 from lora_sd.verbs.arguments import (
+    add_base,
     add_dtype,
     add_output,
     add_rank_limit,
@@ -59,6 +60,7 @@ def resize(
     conv_rank: int | None = None,
     energy: float | None = None,
     size_bytes: int | None = None,
+    base: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Resized:
@@ -70,6 +72,7 @@ def resize(
         energy: share (0..1) of each layer's energy to keep.
         size_bytes: the most that the file may take: the same share of energy in every layer, as
             high as fits.
+        base: the base model, where it is of no known family.
         dtype: 'float16', 'bfloat16', 'float32'; None: the source's.
 
     Raises:
@@ -86,7 +89,7 @@ def resize(
     check_rank_limit(rank, conv_rank, energy)
     if (rank, conv_rank, energy, size_bytes) == (None,) * 4:
         raise ConfigError("Say how far to resize: --rank, --conv-rank, --energy or --size.")
-    found = read_source(source)
+    found = read_source(source, base)
     chosen = found.chosen_dtype(dtype)
     limit = RankLimit(rank, conv_rank, energy)
     values = spectra(found.adapter, partial(progress, what="measuring"))
@@ -153,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", metavar="BYTES", type=parsed_size, help="the largest file: 20MB, 500kB, 4.5MiB"
     )
+    add_base(parser)
     add_dtype(parser)
 
 
@@ -167,6 +171,7 @@ def run(options: argparse.Namespace) -> int:
         conv_rank=options.conv_rank,
         energy=options.energy,
         size_bytes=options.size,
+        base=options.base,
         dtype=options.dtype,
         overwrite=options.overwrite,
     )

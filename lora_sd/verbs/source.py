@@ -15,7 +15,7 @@ class Source:
     """An adapter file, read.
 
     Attributes:
-        family: one of `formats.families.FAMILIES`.
+        family: one of `formats.families.FAMILIES`, or 'custom' for another model's.
         format: 'kohya' or 'diffusers', whose names its tensors have.
         dtype: precision of its factors; the widest where they differ.
     """
@@ -41,17 +41,28 @@ class Source:
         return self.dtype if name is None else getattr(torch, name)
 
 
-def read_source(path: Path, allow_partial: bool = False) -> Source:
-    """Read an adapter file without a model.
+def read_source(path: Path, base: str | None = None, allow_partial: bool = False) -> Source:
+    """Read an adapter file.
+
+    Args:
+        base: its base model, where the file does not say by its layers which family it is for:
+            'tiny-sd', a diffusers folder or a .safetensors file.
 
     Raises:
-        AdapterError: it is damaged, or belongs to no family that is known.
+        AdapterError: it is damaged, does not fit the base, or belongs to no family that is known.
+        BaseModelError: the base cannot be read.
     """
     import torch
 
+    from lora_sd.base_files import open_base
+    from lora_sd.formats import load_adapter
     from lora_sd.formats.families import load_any
 
-    adapter, family = load_any(path, allow_partial)
+    if base is None:
+        adapter, family = load_any(path, allow_partial)
+    else:
+        files = open_base(base)
+        adapter, family = load_adapter(path, files.shapes, allow_partial), files.family or "custom"
     dtypes = {factor.dtype for w in adapter.layers.values() for factor in (w.down, w.up)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return Source(path, adapter, family, format_of(path), dtype)
