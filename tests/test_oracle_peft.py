@@ -11,6 +11,15 @@ from copy import deepcopy
 
 import pytest
 import torch
+from agreement import (
+    Weights,
+    assert_agree,
+    assert_gradients_agree,
+    our_weights,
+    pull_both,
+    train,
+    whole_gradient,
+)
 from conftest import choose, make_unet
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer as PeftLayer
@@ -20,7 +29,6 @@ from lora_sd import inject
 from lora_sd.adapter import LoRAWeights
 from lora_sd.layers import KINDS, LayerOptions
 
-Weights = dict[str, torch.Tensor]
 PEFT_NAMES = {"rs": "use_rslora", "dora": "use_dora", "up_bias": "lora_bias"}
 
 LAYERS = {
@@ -37,11 +45,6 @@ LAYERS = {
 OPTIONS = [{}, {"rs": True}, {"dora": True}, {"dora": True, "rs": True}, {"up_bias": True}]
 
 
-def assert_agree(ours: torch.Tensor, theirs: torch.Tensor, within: float, what: str) -> None:
-    error = float((ours - theirs).detach().norm() / theirs.detach().norm())
-    assert error <= within, f"{what} differs by {error:.1e}"
-
-
 def peft_weights(layer: PeftLayer) -> Weights:
     """What a PEFT layer trains, by the names of `LoRAWeights`."""
     if layer.lora_embedding_A:
@@ -51,16 +54,6 @@ def peft_weights(layer: PeftLayer) -> Weights:
         found["up_bias"] = layer.lora_B["default"].bias
     if layer.lora_magnitude_vector:
         found["magnitude"] = layer.lora_magnitude_vector["default"].weight
-    return found
-
-
-def our_weights(layer) -> Weights:
-    """What our layer trains, by the same names."""
-    found = {"down": layer.lora_down.weight, "up": layer.lora_up.weight}
-    if layer.lora_up.bias is not None:
-        found["up_bias"] = layer.lora_up.bias
-    if layer.magnitude is not None:
-        found["magnitude"] = layer.magnitude
     return found
 
 
@@ -94,22 +87,6 @@ def pair_of(base: nn.Module, rank: int = 3, alpha: float = 2, **options: object)
     return ours, theirs
 
 
-def pull_both(outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Backward from two outputs, with the same random gradient arriving at both."""
-    pull = torch.randn_like(outputs[0])
-    for output in outputs:
-        output.backward(pull)
-
-
-def compare_gradients(
-    ours: Weights, theirs: Weights, within: float = 1e-6, where: str = ""
-) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        gradient = weight.grad.reshape(ours[name].shape)
-        assert_agree(ours[name].grad, gradient, within, f"{where} gradient of {name}")
-
-
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
@@ -122,7 +99,7 @@ def test_a_layer_s_output_and_gradients_are_peft_s(kind, options):
     outputs = ours(x), theirs(other_x)
     assert_agree(*outputs, 1e-6, "output")
     pull_both(outputs)
-    compare_gradients(our_weights(ours), peft_weights(theirs))
+    assert_gradients_agree(our_weights(ours), peft_weights(theirs))
     assert_agree(x.grad, other_x.grad, 1e-6, "gradient of the input")
 
 
@@ -135,7 +112,7 @@ def test_an_embedding_s_output_and_gradients_are_peft_s(options):
     outputs = ours(ids), theirs(ids)
     assert_agree(*outputs, 1e-6, "output")
     pull_both(outputs)
-    compare_gradients(our_weights(ours), peft_weights(theirs))
+    assert_gradients_agree(our_weights(ours), peft_weights(theirs))
 
 
 @pytest.mark.parametrize("rs", [False, True])
@@ -200,13 +177,10 @@ def test_a_unet_s_output_and_gradients_are_peft_s(preset, options, unet_inputs):
     outputs = ours(*unet_inputs).sample, theirs(*unet_inputs).sample
     assert_agree(*outputs, 1e-6, "output")
     pull_both(outputs)
-    whole = [
-        torch.cat([weight.grad.flatten() for weight in weights])
-        for weights in (
-            [w for _, mine, _ in pairs for w in our_weights(mine).values()],
-            [w for _, _, other in pairs for w in peft_weights(other).values()],
-        )
-    ]
+    whole = (
+        whole_gradient([our_weights(mine) for _, mine, _ in pairs]),
+        whole_gradient([peft_weights(other) for _, _, other in pairs]),
+    )
     assert_agree(*whole, 2e-6, "whole gradient")
 
 
@@ -218,7 +192,7 @@ def test_each_gradient_of_a_unet_is_peft_s_in_float64(options, unet_inputs):
     inputs = latents.double(), timesteps, captions.double()
     pull_both((ours.double()(*inputs).sample, theirs.double()(*inputs).sample))
     for name, mine, other in pairs:
-        compare_gradients(
+        assert_gradients_agree(
             our_weights(mine),
             peft_weights(other),
             1e-5 if mine.magnitude is not None else 1e-6,
@@ -226,25 +200,11 @@ def test_each_gradient_of_a_unet_is_peft_s_in_float64(options, unet_inputs):
         )
 
 
-def train(unet: nn.Module, steps: int) -> None:
-    """AdamW on the UNet's learning weights, predicting noise from noise; the same data always."""
-    learning = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-3)
-    draw = torch.Generator().manual_seed(7)
-    for _ in range(steps):
-        latents, target = torch.randn(2, 2, 4, 8, 8, generator=draw)
-        captions = torch.randn(2, 5, 8, generator=draw)
-        timesteps = torch.randint(1000, (2,), generator=draw)
-        optimizer.zero_grad()
-        nn.functional.mse_loss(unet(latents, timesteps, captions).sample, target).backward()
-        optimizer.step()
-
-
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"rs": True}], ids=str)
 def test_fifty_steps_give_peft_s_weights(options):
     ours, theirs, pairs = unet_pair("full", LayerOptions(**options), randomised=False)
-    train(ours, 50)
-    train(theirs, 50)
+    for unet in (ours, theirs):
+        train(unet, [weight for weight in unet.parameters() if weight.requires_grad])
     for name, mine, other in pairs:
         for what, weight in peft_weights(other).items():
             trained = our_weights(mine)[what]
