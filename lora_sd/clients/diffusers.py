@@ -93,7 +93,7 @@ def _layer(
         report.fatal.append(f"{name}: LoRA on a {module.kind}: PEFT raises")
         return
     is_embedding = module.kind == "Embedding"
-    read = EMBEDDING_PAIR if is_embedding else (*PAIR, "lora_B.bias")
+    read = EMBEDDING_PAIR if is_embedding else (*PAIR, "lora_B.bias", "lora_magnitude_vector")
     report.matched.update(key for part, key in parts.items() if part in read)
     shapes = {part: outline.shapes[key] for part, key in parts.items()}
     weight = module.shape

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 JSON_OBJECTS = ("ss_tag_frequency", "ss_bucket_info", "ss_dataset_dirs")
 EXPECTED = (
-    "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_base_model_version", "ss_v2",
+    "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_base_model_version",
     "ss_output_name", "sshs_model_hash",
 )  # fmt: skip
 

@@ -27,16 +27,23 @@ def unused_layers(report: ClientReport, layer_of: Mapping[str, str]) -> list[str
     return list(dict.fromkeys(layer_of[key] for key in report.keys if key not in used))
 
 
-def sentences(reports: Iterable[ClientReport], layer_of: Mapping[str, str]) -> list[str]:
-    """What is not used, not loaded or read otherwise than meant, and where; none if all is well."""
+def sentences(
+    reports: Iterable[ClientReport], layer_of: Mapping[str, str], most: int = 5
+) -> list[str]:
+    """What is not used, not loaded or read otherwise than meant, and where; none if all is well.
+
+    Args:
+        layer_of: {key: full layer name} of every key of the file.
+        most: how many names a sentence shows.
+    """
     titles: dict[str, list[str]] = {}
     for report in reports:
-        for phrase in _phrases(report, layer_of):
+        for phrase in _phrases(report, layer_of, most):
             titles.setdefault(phrase, []).append(report.title)
     return [f"In {_joined(found)} {phrase}." for phrase, found in titles.items()]
 
 
-def _phrases(report: ClientReport, layer_of: Mapping[str, str]) -> list[str]:
+def _phrases(report: ClientReport, layer_of: Mapping[str, str], most: int) -> list[str]:
     if report.keys and not report.matched:
         return ["nothing of the file is read"]
     if report.fatal:
@@ -50,7 +57,9 @@ def _phrases(report: ClientReport, layer_of: Mapping[str, str]) -> list[str]:
     ):
         if names:
             verb = "is" if len(names) == 1 else "are"
-            phrases.append(f"{len(names)} of {total} layers {verb} {how}: {shown_list(names)}")
+            phrases.append(
+                f"{len(names)} of {total} layers {verb} {how}: {shown_list(names, most)}"
+            )
     if report.shape_errors:
         phrases.append(f"the shape is wrong: {_first(report.shape_errors)}")
     if report.warnings:
