@@ -89,8 +89,8 @@ def to_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
         elif component_of(name) in with_bias and not layer.embedding:
             tensors[f"{name}.lora_B.bias"] = torch.zeros(layer.up.shape[0], dtype=dtype)
         if layer.magnitude is not None:
-            key, magnitude = _magnitude(layer, layer.magnitude)
-            tensors[f"{name}.{key}"] = magnitude.to(dtype)
+            key, magnitude = _magnitude(name, layer.magnitude)
+            tensors[key] = magnitude.to(dtype)
     return tensors
 
 
@@ -145,9 +145,13 @@ def _is_per_output(magnitude: Tensor) -> bool:
     return magnitude.shape[0] != 1
 
 
-def _magnitude(layer: LoRAWeights, magnitude: Tensor) -> tuple[str, Tensor]:
-    """(key, tensor) of a DoRA magnitude: PEFT's (out,), for convolutions (1, out, 1, 1)."""
+def _magnitude(name: str, magnitude: Tensor) -> tuple[str, Tensor]:
+    """(key, tensor) of a layer's DoRA magnitude: PEFT's (out,), for convolutions (1, out, 1, 1).
+
+    PEFT leaves '.weight' away; transformers 5 does not find a text encoder's then.
+    """
     if not _is_per_output(magnitude):
-        return "dora_scale", magnitude
-    is_conv = layer.down.dim() == 4
-    return "lora_magnitude_vector", magnitude.reshape((1, -1, 1, 1) if is_conv else (-1,))
+        return f"{name}.dora_scale", magnitude
+    ending = "" if component_of(name) == "unet" else ".weight"
+    shape = (1, -1, 1, 1) if magnitude.dim() == 4 else (-1,)
+    return f"{name}.lora_magnitude_vector{ending}", magnitude.reshape(shape)

@@ -87,7 +87,7 @@ def split(tensor_name: str) -> tuple[str, str] | None:
 
 
 def to_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a kohya file; alpha is float32, or float64 where that is not exact.
+    """The tensors of a kohya file; alpha stays float32.
 
     Up-biases and token tables have no place in it and are left out (`fitting_format`).
     """
@@ -97,7 +97,7 @@ def to_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, layer in layers.items():
         tensors[f"{keys[name]}.lora_down.weight"] = layer.down.to(dtype)
         tensors[f"{keys[name]}.lora_up.weight"] = layer.up.to(dtype)
-        tensors[f"{keys[name]}.alpha"] = _alpha_tensor(layer.alpha)
+        tensors[f"{keys[name]}.alpha"] = torch.tensor(layer.alpha)
         if layer.magnitude is not None:
             tensors[f"{keys[name]}.dora_scale"] = layer.magnitude.to(dtype)
     return tensors
@@ -142,11 +142,6 @@ def _ldm_paths(shapes: Mapping[str, Size]) -> dict[str, str]:
         for name in unet
         if name.removeprefix("unet.") in found
     }
-
-
-def _alpha_tensor(alpha: float) -> Tensor:
-    tensor = torch.tensor(alpha)
-    return tensor if tensor.item() == alpha else torch.tensor(alpha, dtype=torch.float64)
 
 
 def _most_common(layers: list[LoRAWeights]) -> tuple[int, float]:

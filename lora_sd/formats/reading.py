@@ -155,9 +155,9 @@ class _Intake:
             if not why:
                 rank = tensors[DOWN if DOWN in tensors else EMBEDDING_DOWN].shape[0]
                 alpha = None if kohya.is_key(self._keys[name]) else alphas.of(name, rank)
-                without_alpha += ALPHA not in tensors and alpha is None
                 try:
                     built[name] = to_weights(tensors, self._shapes[name], alpha)
+                    without_alpha += ALPHA not in tensors and alpha is None
                 except ValueError as error:
                     why, detail = "cannot be used", f": {error}"
             if why:
