@@ -5,10 +5,16 @@ import json
 import pytest
 import torch
 from conftest import make_unet
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import _collate_lora_metadata
-from make_adapters import assert_same_layers, random_adapter, random_layer, token_layer
+from make_adapters import (
+    assert_same_layers,
+    make_sdxl_unet,
+    random_adapter,
+    random_layer,
+    token_layer,
+)
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
@@ -116,6 +122,29 @@ def test_the_metadata_has_only_fields_that_every_peft_knows(shapes, tmp_path):
     fields = {key.partition(".")[2] for key in config}
     assert fields == {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
     assert len(config["unet.target_modules"]) == sum(name.startswith("unet.") for name in shapes)
+
+
+@pytest.mark.parametrize("case", ["attention", "full", "mixed"])
+def test_diffusers_loads_kohya_s_format_at_our_scale(base, models, shapes, tmp_path, case):
+    adapter = CASES[case](shapes)
+    path, notices = saved(adapter, tmp_path, format="kohya")
+    assert not notices
+    base.pipeline().load_lora_weights(str(path.parent), weight_name=path.name)
+    assert_diffusers_has(adapter, models)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_diffusers_loads_an_sdxl_unet_s_layers_at_our_scale(tmp_path, format):
+    unet = make_sdxl_unet()
+    adapter = random_adapter(
+        inject.layer_shapes({"unet": unet}), ranks=(1, 2), alphas=(1.0, 0.5, 3.0)
+    )
+    path, _ = saved(adapter, tmp_path, format=format)
+    tensors, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+        str(tmp_path), weight_name=path.name, unet_config=unet.config, return_lora_metadata=True
+    )
+    unet.load_lora_adapter(tensors, prefix="unet", network_alphas=alphas, metadata=metadata)
+    assert_diffusers_has(adapter, {"unet": unet})
 
 
 @pytest.mark.parametrize("case", ["fc only", "tokens only", "two of four"])
