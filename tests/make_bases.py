@@ -1,0 +1,129 @@
+"""Base models of random weights on disk: miniatures of Stable Diffusion 1, 2 and XL, and models of
+the published sizes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_tokenizer, make_unet
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Size, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lora_sd.adapter import Adapter
+from lora_sd.base_files import BaseFiles
+
+CONFIGS = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
+KINDS = ("sd1", "sd2", "sdxl")
+LATER = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
+def make_base(kind: str, folder: Path, **save: Any) -> Path:
+    """A miniature of one of KINDS as a diffusers folder, with norms and biases other than 1 and 0.
+
+    `save` goes to `save_pretrained`: a variant, a shard size.
+    """
+    folder.mkdir(parents=True)
+    tokenizer = make_tokenizer(folder / "tokens")
+    parts: dict[str, Any] = {
+        "vae": AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=2,
+            layers_per_block=2,
+        ),
+        "text_encoder": CLIPTextModel(_text(tokenizer, "gelu" if kind == "sd2" else "quick_gelu")),
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+    }
+    if kind == "sdxl":
+        second = _text(tokenizer, "gelu", hidden_size=12, projection_dim=20)
+        unet = make_unet(
+            layers_per_block=2,
+            cross_attention_dim=20,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 20,
+        )
+        parts |= {
+            "unet": unet,
+            "text_encoder_2": CLIPTextModelWithProjection(second),
+            "tokenizer_2": tokenizer,
+        }
+        pipeline: Any = StableDiffusionXLPipeline(**parts)
+    else:
+        parts["unet"] = make_unet(use_linear_projection=kind == "sd2")
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    torch.manual_seed(8)
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            for weight in part.parameters():
+                weight.data = torch.randn(weight.shape) / 4
+    pipeline.save_pretrained(folder / "model", **save)
+    return folder / "model"
+
+
+def _text(tokenizer: Any, hidden_act: str, **changes: Any) -> CLIPTextConfig:
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "hidden_act": hidden_act,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(**{**options, **changes})
+
+
+def published_shapes(family: str) -> dict[str, Size]:
+    """Every tensor of 'sd15', 'sd21' or 'sdxl', named as in `formats.original`."""
+    shapes = {}
+    for component, config in CONFIGS[family].items():
+        if component == "scheduler":
+            continue
+        with torch.device("meta"):
+            if component in LATER:
+                part = LATER[component](CLIPTextConfig(**config))
+            else:
+                kind = UNet2DConditionModel if component == "unet" else AutoencoderKL
+                part = kind.from_config(config)
+        for key, tensor in part.state_dict().items():
+            is_flat = component == "text_encoder" and not key.startswith("text_model.")
+            shapes[f"{component}.{'text_model.' * is_flat}{key}"] = tensor.shape
+    return shapes
+
+
+def tensors_of(base: BaseFiles) -> dict[str, torch.Tensor]:
+    """All tensors of a base by name."""
+    return {name: base.tensor(name) for name in base.tensor_shapes}
+
+
+def assert_same_tensors(one: BaseFiles, other: BaseFiles) -> None:
+    """Both hold the same tensors, bit for bit."""
+    mine, theirs = tensors_of(one), tensors_of(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def without(adapter: Adapter, ending: str) -> Adapter:
+    """The adapter without the layers whose names end so."""
+    return Adapter({n: w for n, w in adapter.layers.items() if not n.endswith(ending)})
