@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from lora_sd.config import config_from_values, parse_command_line, read_yaml
+from lora_sd.config import CommandLine, config_from_values, parse_command_line, read_yaml
 from lora_sd.errors import ConfigError, RunError, run_program
 from lora_sd.run_folder import RunFolder
 
@@ -13,28 +14,46 @@ def main(argv: Sequence[str]) -> int:
 
     The settings are checked before the slow imports, so that `--help` and errors come at once.
     """
-    values, config_file, resume = parse_command_line(argv, "train_sd_lora.py")
+    line = parse_command_line(argv, "train_sd_lora.py")
     run = None
-    if resume is not None:
-        if values or config_file:
-            raise ConfigError(
-                "--resume goes on with the run's own settings; give it alone, or start a new run."
-            )
-        run = RunFolder(resume)
+    if line.resume is not None:
+        run = RunFolder(line.resume)
         if not os.path.isfile(run.config_file):
-            raise RunError(f"'{resume}' is not a run folder: it holds no config.yaml.")
+            raise RunError(f"'{line.resume}' is not a run folder: it holds no config.yaml.")
         values, default_name = read_yaml(run.config_file), run.name
-    elif config_file is None:
-        default_name = "run"
-    elif config_file.name == "config.yaml":  # a run's own, to run it again
-        default_name = config_file.resolve().parent.name
+    elif line.like is not None:
+        values, default_name = line.over(_settings_like(line)), line.like.stem
+    elif line.config_file is not None:
+        values, default_name = line.over(read_yaml(line.config_file)), line.config_file.stem
+        if line.config_file.name == "config.yaml":  # a run's own, to run it again
+            default_name = line.config_file.resolve().parent.name
     else:
-        default_name = config_file.stem
+        values, default_name = line.over({}), "run"
     config = config_from_values(values)
 
     from lora_sd.train import train
 
     return train(config, default_name, run)
+
+
+def _settings_like(line: CommandLine) -> dict[str, Any]:
+    """The settings in an adapter's file; what it leaves out must be on the command line.
+
+    Raises:
+        ConfigError: all that is missing, at once.
+    """
+    from lora_sd.adapter_metadata import settings_like
+
+    assert line.like is not None
+    values = settings_like(line.like)
+    missing = []
+    if "folder" not in line.flags.get("data", {}):
+        missing.append("where its pictures lie: add --data.folder")
+    if "model" not in values.get("base", {}) and "model" not in line.flags.get("base", {}):
+        missing.append("where its base model lies: add --base.model")
+    if missing:
+        raise ConfigError([f"'{line.like}' does not say {what}." for what in missing])
+    return values
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from lora_sd import inject
 from lora_sd.errors import BaseModelError, ConfigError, shown_list
+from lora_sd.formats.layer_tables import FAMILIES, layer_shapes
 
 PROJECT = Path(__file__).resolve().parent.parent
 EMBEDDED = {"tiny-sd": PROJECT / "assets" / "tiny-sd"}
@@ -43,6 +45,33 @@ class BaseModel:
     @property
     def device(self) -> torch.device:
         return self.unet.device
+
+    @property
+    def components(self) -> dict[str, torch.nn.Module]:
+        """The parts that adapters adapt, by the name that begins their layers' names."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    @property
+    def family(self) -> str:
+        """'tiny-sd', 'sd15', 'sd21', 'sdxl', or '' for a model whose layers no client knows."""
+        shapes = inject.layer_shapes(self.components)
+        return next((name for name in FAMILIES if layer_shapes(name) == shapes), "")
+
+    def tokens(self, text: str) -> torch.Tensor:
+        """Token ids of a text (tokens,), padded and cut to the tokenizer's length."""
+        ids: torch.Tensor = self.tokenizer(
+            text,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids[0]
+        return ids
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.unet.enable_gradient_checkpointing()
+        self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def prediction_type(self) -> str:

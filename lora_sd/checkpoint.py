@@ -65,7 +65,7 @@ def save(
         )
 
     def fill(folder: Path) -> None:
-        save_adapter(adapter, folder / ADAPTER, torch.float32)
+        save_adapter(adapter, folder / ADAPTER, torch.float32, exact=True)
         torch.save(state, folder / OPTIMIZER)
         manifest = {
             "format": FORMAT,

@@ -9,11 +9,19 @@ the rest take plain parameters.
 import argparse
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
@@ -25,6 +33,7 @@ from pydantic_settings import (
 
 from lora_sd.errors import ConfigError
 
+LAYER_OPTIONS = ("init", "rs", "dora", "dropout", "rank_dropout", "module_dropout", "up_bias")
 Preset = Literal["attention", "attention-ff", "attention-conv", "full"]
 
 
@@ -48,6 +57,9 @@ class DataGroup(Group):
     """Folder of training images, each with its caption beside it (fox.png, fox.txt)."""
     caption: str | None = None
     """One caption for the images that have no .txt of their own."""
+    trigger_word: str | None = Field(None, max_length=200)
+    """A word or phrase put before every caption, to call the result by; it is noted in the
+    adapter's file."""
     resolution_px: int = Field(64, ge=16, le=4096, multiple_of=8)
     """Side of the square training pictures, in pixels: 64 for tiny-sd, 512 for SD 1.5 and 2.1
     base, 768 for SD 2.1. The shorter side is scaled to it and the middle cut out."""
@@ -57,25 +69,62 @@ class AdapterGroup(Group):
     preset: Preset = "attention-conv"
     """Which layers are adapted: attention; attention and feed-forward; those and the 3x3
     convolutions; or every linear and convolution layer."""
+    text_encoder: bool = False
+    """Adapt the text encoders too (their attention, and with every preset but 'attention' their
+    feed-forward layers); helps with new words, and overfits sooner."""
     include: list[str] = []
-    """Patterns of further layers to adapt, by name suffix ('attn2.to_k'), glob ('up_blocks.*') or
-    regular expression ('re:...')."""
+    """Patterns of further layers to adapt: a name's ending ('attn2.to_k'), a glob ('up_blocks.*'),
+    a regular expression ('re:...') or a block ('block:mid', 'block:up.1/conv')."""
     exclude: list[str] = []
     """Patterns of layers to leave alone; they win over preset and include."""
-    rank: int = Field(16, ge=1, le=1024)
-    """Inner size of the adapter in linear layers and 1x1 convolutions."""
+    rank: int = Field(16, ge=0, le=1024)
+    """Inner size of the adapter in linear layers and 1x1 convolutions; 0 leaves them alone."""
     alpha: float | None = Field(None, gt=0, le=4096, allow_inf_nan=False)
     """The update of linear layers is scaled by alpha / rank. Empty: the same as rank."""
-    conv_rank: int = Field(8, ge=1, le=1024)
-    """Inner size of the adapter in 3x3 convolutions; half the linear rank is usual."""
+    conv_rank: int = Field(8, ge=0, le=1024)
+    """Inner size of the adapter in 3x3 convolutions; half the linear rank is usual, 0 leaves them
+    alone."""
     conv_alpha: float | None = Field(None, gt=0, le=4096, allow_inf_nan=False)
     """The same for 3x3 convolutions: conv_alpha / conv_rank. Empty: the same as conv_rank."""
+    ranks: list[str] = []
+    """Ranks of their own for some layers: PATTERN=RANK or PATTERN=RANK:ALPHA, such as
+    'attn2.to_k=32' or 'block:mid/conv=4:2'. Without alpha the scaling stays; the last that fits
+    counts; 0 leaves a layer alone."""
     clamp_ranks: bool = False
     """Give a layer that is too small for the rank the largest it allows (conv_out of Stable
     Diffusion allows 4), and say so, instead of refusing to start."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How lora_down starts: Kaiming uniform, or Gaussian with deviation 1 / rank. lora_up starts
-    at zero, so that a fresh adapter changes nothing."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa"] = "kaiming"
+    """How lora_down starts: Kaiming uniform, Gaussian with deviation 1 / rank, or orthonormal rows;
+    lora_up starts at zero. 'pissa' starts both at the base's principal components, learns faster,
+    and makes a file of twice the rank."""
+    rs: bool = False
+    """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), for high ranks."""
+    dora: bool = False
+    """Train each output's weight norm apart (DoRA): closer to full fine-tuning and slower;
+    diffusers reads such a file of kohya's format as plain LoRA."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the update's input that is zeroed in training, against overfitting."""
+    rank_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the ranks that is zeroed in training, anew for each picture."""
+    module_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the passes that leave a layer's update out altogether."""
+    up_bias: bool = False
+    """Give lora_up a bias. Only diffusers' format holds it: A1111, Forge, ComfyUI and InvokeAI do
+    not read it."""
+
+    def layer_choice(self) -> dict[str, Any]:
+        """Which layers, as `inject.choose_layers` takes it."""
+        return self.model_dump(exclude={"text_encoder", *LAYER_OPTIONS})
+
+    def layer_options(self) -> dict[str, Any]:
+        """How each layer is made, as `layers.LayerOptions` takes it."""
+        return self.model_dump(include=set(LAYER_OPTIONS))
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> "AdapterGroup":
+        if self.dora and self.up_bias:
+            raise ValueError("dora has no bias of its own: turn dora or up_bias off")
+        return self
 
 
 class TrainGroup(Group):
@@ -88,6 +137,8 @@ class TrainGroup(Group):
     the number of devices."""
     learning_rate: float = Field(1e-4, gt=0, le=10, allow_inf_nan=False)
     """Highest learning rate, reached after the warm-up."""
+    text_encoder_learning_rate: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    """The same for the text encoders' layers. Empty: half of learning_rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """What the learning rate does after the warm-up: fall to zero along a cosine, or stay."""
     warmup_steps: int = Field(50, ge=0, le=1_000_000)
@@ -136,6 +187,9 @@ class OutputGroup(Group):
     """Newest checkpoints that are kept; at least two."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Precision of adapter.safetensors."""
+    format: Literal["auto", "kohya", "diffusers"] = "auto"
+    """Format of adapter.safetensors. kohya's is read by every program; diffusers' (PEFT's keys) by
+    diffusers alone. 'auto': kohya's, or diffusers' for an adapter that kohya's cannot hold."""
 
     @field_validator("name")
     @classmethod
@@ -227,19 +281,33 @@ class _OnceOnly(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_command_line(
-    argv: Sequence[str], program: str
-) -> tuple[dict[str, Any], Path | None, Path | None]:
-    """(values, config file, run folder to resume) of a command line.
+@dataclass(frozen=True)
+class CommandLine:
+    """What was typed: settings by group, unchecked, and where to start from."""
 
-    `values` are the config file's, overridden by the flags; unchecked, for `config_from_values`.
+    flags: dict[str, dict[str, Any]]
+    config_file: Path | None
+    resume: Path | None
+    like: Path | None
+
+    def over(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Unchecked settings, overridden by the flags."""
+        merged = dict(values)
+        for group, given in self.flags.items():
+            below = merged.get(group, {})
+            merged[group] = {**below, **given} if isinstance(below, dict) else below
+        return merged
+
+
+def parse_command_line(argv: Sequence[str], program: str) -> CommandLine:
+    """Take a command line apart.
 
     Raises:
-        ConfigError: an unknown flag, a flag without its value, or an unreadable config file.
+        ConfigError: an unknown flag, a flag without its value, or more than one start.
     """
     parser = _Parser(
         prog=program,
-        usage=f"{program} [--config FILE | --resume RUN] [--GROUP.SETTING VALUE ...]",
+        usage=f"{program} [--config FILE | --like ADAPTER | --resume RUN] [--GROUP.SETTING VALUE]",
         description="Train a LoRA adapter for Stable Diffusion on a folder of images.",
         epilog="A flag wins over the config file. Lists: repeat the flag, once for each entry.",
         formatter_class=argparse.RawTextHelpFormatter,
@@ -247,6 +315,12 @@ def parse_command_line(
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="settings to start from, e.g. configs/tiny.yaml"
+    )
+    parser.add_argument(
+        "--like",
+        type=Path,
+        metavar="ADAPTER",
+        help="the settings that an adapter of ours was trained with, as its file tells them",
     )
     parser.add_argument(
         "--resume",
@@ -273,12 +347,15 @@ def parse_command_line(
         if plain.get(name):
             group, _, setting = name.partition(".")
             flags.setdefault(group, {})[setting] = plain[name]
-    config_file, resume = plain["config"], plain["resume"]
-    values = read_yaml(config_file) if config_file else {}
-    for group, given in flags.items():
-        if isinstance(values.setdefault(group, {}), dict):
-            values[group].update(given)
-    return values, config_file, resume
+    line = CommandLine(flags, plain["config"], plain["resume"], plain["like"])
+    starts = [path for path in (line.config_file, line.resume, line.like) if path]
+    if len(starts) > 1:
+        raise ConfigError("Give one of --config, --like and --resume.")
+    if line.resume and flags:
+        raise ConfigError(
+            "--resume goes on with the run's own settings; give it alone, or start a new run."
+        )
+    return line
 
 
 class _Parser(argparse.ArgumentParser):

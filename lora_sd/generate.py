@@ -10,13 +10,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from lora_sd import durable
+from lora_sd import durable, inject
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel
 from lora_sd.merge import MergedWeights
 
 OnStep = Callable[[int, int], bool]  # (denoising steps done, in all) -> whether to stop
 MOST_IN_A_BATCH = 8
+STRIP = "strip"
 SMALL_PICTURE_PX = 256
 
 
@@ -112,6 +113,34 @@ def generate_at_scales(
     finally:
         merged.set([])
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def generate_strip(
+    base: BaseModel,
+    adapter: Adapter,
+    scales: Sequence[float],
+    settings: PictureSettings,
+    on_step: OnStep | None = None,
+) -> list[Image.Image]:
+    """The same picture at several scales, all in one pass of the UNet for each denoising step.
+
+    The adapter acts live, with a scale of its own for each sample of the batch; quicker than
+    merging for each scale where the pictures are small, and equal to it but for rounding.
+    """
+    pictures: list[Image.Image] = []
+    parts = [scales[i : i + MOST_IN_A_BATCH] for i in range(0, len(scales), MOST_IN_A_BATCH)]
+    inject.attach_adapter(base.components, adapter, adapter_name=STRIP)
+    try:
+        for number, part in enumerate(parts):
+            inject.set_scale(base.components, torch.tensor(part), STRIP)
+
+            def over_all(done: int, total: int, before: int = number) -> bool:
+                return bool(on_step and on_step(before * total + done, len(parts) * total))
+
+            pictures += generate(base, [settings] * len(part), over_all)
+    finally:
+        inject.detach(base.components, STRIP)
+    return pictures
 
 
 def save_picture(picture: Image.Image, path: Path, settings: PictureSettings) -> None:

@@ -1,7 +1,6 @@
 """The training loop, one function read top to bottom."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -17,14 +16,14 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from lora_sd import __version__, checkpoint, inject, loss
+from lora_sd import adapter_metadata, checkpoint, clients, inject, loss
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
 from lora_sd.config import Config
 from lora_sd.data.cache import Cache, encode
 from lora_sd.data.folder import read_folder
-from lora_sd.errors import EXIT_RESUMABLE, Problems, RunError
-from lora_sd.formats import load_adapter, save_adapter
+from lora_sd.errors import EXIT_RESUMABLE, ConfigError, Problems, RunError
+from lora_sd.formats import fitting_format, load_adapter, save_adapter
 from lora_sd.generate import (
     Cancelled,
     OnStep,
@@ -35,10 +34,13 @@ from lora_sd.generate import (
     save_picture,
     write_png,
 )
+from lora_sd.layers import LayerOptions, LoRALayer
 from lora_sd.merge import MergedWeights
-from lora_sd.randomness import generator, picture_at
+from lora_sd.parts import TEXT_ENCODERS, component_of
+from lora_sd.randomness import generator, picture_at, seed_at
 from lora_sd.run_folder import RunFolder, create_run
 from lora_sd.run_record import RunRecord, StopRequest
+from lora_sd.verify import check_file
 
 log = logging.getLogger("lora_sd")
 
@@ -67,29 +69,29 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
     # --- pictures, base model, layers: what can be wrong is found before a folder is made ---
     problems = Problems()
     resolution = config.data.resolution_px
+    layer_options = LayerOptions(**config.adapter.layer_options())
     with problems.gathered():
-        folder = read_folder(Path(config.data.folder), resolution, config.data.caption)
+        folder = read_folder(
+            Path(config.data.folder), resolution, config.data.caption, config.data.trigger_word
+        )
     with problems.gathered():
         base = load_base_model(config.base.model, device, pick_dtype(config.base.dtype, device))
         with problems.gathered():
             base.check_size(resolution)
-        plans = inject.choose_layers(base.unet, **config.adapter.model_dump(exclude={"init"}))
+        adapted = base.components if config.adapter.text_encoder else {"unet": base.unet}
+        plans = inject.choose_layers(inject.layer_shapes(adapted), **config.adapter.layer_choice())
     problems.tell()
     identity = checkpoint.Identity(config.model_dump(), folder.fingerprint, base.fingerprint())
+    layers = inject.attach(base.components, plans, layer_options, options.seed)
+    trains_text = any(component_of(name) in TEXT_ENCODERS for name in layers)
+    file_format, format_notices = _file_format(config, base)
     run = resumed or _new_run(config, default_name, accelerator)
 
     with RunRecord(run, options.steps, is_main) as record:
-        # --- the adapter and its optimizer ---
-        layers = inject.attach(
-            base.unet, plans, inject.LayerOptions(config.adapter.init), options.seed
-        )
-        parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        # --- the optimizer ---
+        groups = _parameter_groups(layers, config)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
         lr_schedule = get_scheduler(
             {"constant": "constant_with_warmup"}.get(options.schedule, options.schedule),
             optimizer,
@@ -121,23 +123,29 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                     }
                     if accelerator.scaler is not None:
                         state["scaler"] = accelerator.scaler.state_dict()
-                    adapter = _adapter(config, base, run.name)
+                    adapter = inject.collect(base.components)
+                    adapter.metadata = adapter_metadata.describe_run(config, base, run.name)
                     keep = config.output.keep_checkpoints
                     checkpoint.save(run, step, adapter, state, identity, keep)
                 accelerator.wait_for_everyone()
 
         # --- what stays the same while training: latents, text embeddings, the noise schedule ---
         log.info("Run folder: %s", run.path)
-        log.info("Adapted layers of the UNet (preset '%s'):", config.adapter.preset)
-        log.info("%s", inject.describe(plans))
+        log.info("Adapted layers (preset '%s'):", config.adapter.preset)
+        log.info("%s", inject.describe(plans, layer_options))
         record.state("starting", "encoding the pictures", step)
-        cache, notices = encode(base, folder.examples, beat)
-        for notice in folder.notices + notices:
+        cache, notices = encode(base, folder.examples, beat, as_tokens=trains_text)
+        ignored = clients.ignored_layers(layers, base.family, file_format, layer_options.up_bias)
+        for notice in [*format_notices, *ignored, *folder.notices, *notices]:
             log.warning("Note: %s", notice)
         noise_schedule = base.noise_schedule()
         if options.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
-        unet = accelerator.prepare_model(base.unet) if world > 1 else base.unet
+            base.enable_gradient_checkpointing()
+        unet, text_encoder = base.unet, base.text_encoder
+        if world > 1:
+            unet = accelerator.prepare_model(unet)
+            text_encoder = accelerator.prepare_model(text_encoder) if trains_text else text_encoder
+        drops = layer_options.dropout or layer_options.rank_dropout or layer_options.module_dropout
         optimizer = accelerator.prepare_optimizer(optimizer)
         log.info(
             "%d pictures, %d steps of %d: each is seen about %.0f times (%s, mixed precision %s).",
@@ -159,6 +167,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         record.training_from(step)
         while step < options.steps and not stop.requested:
             base.unet.train()
+            base.text_encoder.train(trains_text)
             mean_loss = torch.zeros((), device=device)
             for micro_step in range(options.gradient_accumulation):
                 first_slot = (micro_step * world + rank) * options.batch_size
@@ -167,9 +176,16 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                 latents, noise, timesteps, captions = (part.to(device) for part in batch)
                 noisy = loss.add_noise(noise_schedule, latents, noise, timesteps)
                 target = loss.prediction_target(noise_schedule, latents, noise, timesteps)
+                if drops:
+                    torch.manual_seed(seed_at(options.seed, "dropout", step, first_slot))
                 is_last = micro_step == options.gradient_accumulation - 1
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(unet):
+                with contextlib.ExitStack() as stack:
+                    if not is_last:
+                        stack.enter_context(accelerator.no_sync(unet))
+                        stack.enter_context(accelerator.no_sync(text_encoder))
                     with accelerator.autocast():
+                        if trains_text:
+                            captions = text_encoder(captions)[0]
                         dtype = base.unet.dtype
                         predicted = unet(noisy.to(dtype), timesteps, captions.to(dtype)).sample
                     batch_loss = loss.squared_error(predicted, target).mean()
@@ -207,19 +223,58 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             return EXIT_RESUMABLE
 
         # --- the result ---
+        verified = ""
         if is_main:
             record.state("saving", "writing the adapter", step)
-            adapter = _adapter(config, base, run.name)
-            save_adapter(adapter, run.adapter_file, getattr(torch, config.output.dtype))
-            log.info("Adapter: %s", run.adapter_file)
+            adapter = inject.collect(base.components)
+            adapter.metadata = {
+                **adapter_metadata.describe_run(config, base, run.name),
+                **adapter_metadata.describe_data([e.caption for e in folder.examples], resolution),
+                **adapter_metadata.describe_result(run, run.sample_file(step, 0)),
+            }
+            verified = _save_and_verify(adapter, run, base, config.output.dtype, file_format)
             if samples and config.sample.scales:
                 record.state("sampling", "drawing the grid of scales")
-                inject.detach(base.unet)
+                inject.detach(base.components)
                 _draw_grid(base, run, config.sample.scales, samples, beat)
         accelerator.wait_for_everyone()
         log.info("Finished after %.0f s.", time.monotonic() - started)
-        record.state("finished", "", step)
+        record.state("finished", verified, step)
         return 0
+
+
+def _parameter_groups(layers: dict[str, LoRALayer], config: Config) -> list[dict[str, Any]]:
+    """What learns: the UNet's and the text encoders' factors, each at its rate, with weight decay
+    on the factors alone. Decay would pull DoRA's magnitudes away from the base's norms."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, layer in layers.items():
+        is_text = component_of(name) in TEXT_ENCODERS
+        rate = adapter_metadata.text_learning_rate(config) if is_text else None
+        for part, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                decay = config.train.weight_decay if part.endswith("weight") else 0.0
+                key = (rate or config.train.learning_rate, decay)
+                groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": members, "lr": rate, "weight_decay": decay}
+        for (rate, decay), members in groups.items()
+    ]
+
+
+def _file_format(config: Config, base: BaseModel) -> tuple[str, list[str]]:
+    """(format of the result, what to tell of it).
+
+    Raises:
+        ConfigError: kohya's format is asked for and cannot hold the adapter.
+    """
+    wanted = "kohya" if config.output.format == "auto" else config.output.format
+    fitting, notices = fitting_format(inject.collect(base.components), wanted)
+    if config.output.format not in ("auto", fitting):
+        raise ConfigError(
+            [f"'output.format' is '{wanted}'. {sentence}" for sentence in notices]
+            or f"'output.format' cannot be '{wanted}' for this adapter."
+        )
+    return fitting, notices
 
 
 def _precision(asked: str) -> str:
@@ -245,7 +300,7 @@ def _new_run(config: Config, default_name: str, accelerator: Accelerator) -> Run
 def _restore(
     run: RunFolder,
     identity: checkpoint.Identity,
-    layers: dict[str, inject.LoRALayer],
+    layers: dict[str, LoRALayer],
     optimizer: torch.optim.Optimizer,
     lr_schedule: Any,
     accelerator: Accelerator,
@@ -350,8 +405,8 @@ def _draw_grid(
     """Draw every prompt at every scale from the adapter's file, as a user of it would."""
     base.unet.eval()
     with _pictures_may_fail("The grid"):
-        adapter = load_adapter(run.adapter_file, inject.layer_shapes(base.unet))
-        merged = MergedWeights({"unet": base.unet})
+        adapter = load_adapter(run.adapter_file, inject.layer_shapes(base.components))
+        merged = MergedWeights(base.components)
         rows = generate_at_scales(base, merged, adapter, scales, settings, on_step)
         labels = [f"scale {scale:g}" for scale in scales]
         write_png(draw_grid(rows, [one.prompt for one in settings], labels), run.grid_file)
@@ -369,41 +424,19 @@ def _pictures_may_fail(what: str) -> Iterator[None]:
         log.warning("%s could not be drawn.", what, exc_info=True)
 
 
-def _adapter(config: Config, base: BaseModel, name: str) -> Adapter:
-    """The adapter as it is now, with kohya's keys about the run.
-
-    No time and no path is among them, so that the same run gives the same file.
-    """
-    options, resolution = config.train, config.data.resolution_px
-    shared = config.model_dump(exclude={"output"})
-    shared["data"]["folder"] = Path(config.data.folder).name
-    shared["base"]["model"] = Path(config.base.model).name
-    adapter = inject.collect(base.unet)
-    adapter.metadata = {
-        "ss_output_name": name,
-        "ss_sd_model_name": Path(base.name).name,
-        "ss_base_model_version": base.kohya_version,
-        "ss_v2": str(base.kohya_version.startswith("sd_v2")),
-        "ss_steps": str(options.steps),
-        "ss_learning_rate": str(options.learning_rate),
-        "ss_lr_scheduler": options.schedule,
-        "ss_lr_warmup_steps": str(options.warmup_steps),
-        "ss_optimizer": "torch.optim.AdamW",
-        "ss_batch_size_per_device": str(options.batch_size),
-        "ss_gradient_accumulation_steps": str(options.gradient_accumulation),
-        "ss_resolution": f"({resolution}, {resolution})",
-        "ss_seed": str(options.seed),
-        "ss_mixed_precision": options.mixed_precision,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
-        "lora_sd.version": __version__,
-        "lora_sd.config": json.dumps(shared),
-    }
-    if base.architecture:
-        adapter.metadata["modelspec.architecture"] = f"{base.architecture}/lora"
-    return adapter
+def _save_and_verify(
+    adapter: Adapter, run: RunFolder, base: BaseModel, dtype: str, file_format: str
+) -> str:
+    """Write the result, read it back, and say how it compares with what was trained."""
+    notices = save_adapter(adapter, run.adapter_file, getattr(torch, dtype), file_format)
+    log.info("Adapter: %s", run.adapter_file)
+    for notice in notices:
+        log.warning("Note: %s", notice)
+    report = check_file(run.adapter_file, base.family, adapter, base)
+    log.info("Read back: %s", report.summary())
+    for line in report.lines():
+        log.info("  %s", line)
+    return report.summary()
 
 
 def _command() -> str:

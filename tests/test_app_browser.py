@@ -233,7 +233,7 @@ def test_from_pictures_to_a_downloaded_adapter(app: App, browser, tmp_path: Path
     download.value.save_as(file)
     assert file.read_bytes() == (app.outputs / "demo" / "adapter.safetensors").read_bytes()
     base = load_base_model("tiny-sd", torch.device("cpu"), torch.float32)
-    assert load_adapter(file, layer_shapes(base.unet)).layers
+    assert load_adapter(file, layer_shapes(base.components)).layers
 
     assert seen.errors == []
     assert seen.foreign == []

@@ -8,13 +8,13 @@ import pytest
 import yaml
 from conftest import PROJECT
 
-from lora_sd.config import Config, config_from_values, parse_command_line, settings
+from lora_sd.config import Config, config_from_values, parse_command_line, read_yaml, settings
 from lora_sd.errors import ConfigError
 
 
 def parse(*argv):
-    values, _, _ = parse_command_line(argv, "train_sd_lora.py")
-    return config_from_values(values)
+    line = parse_command_line(argv, "train_sd_lora.py")
+    return config_from_values(line.over(read_yaml(line.config_file) if line.config_file else {}))
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -48,6 +48,9 @@ def test_yaml_out_reads_back_the_same():
         (["--output.name", "../x"], "'output.name'"),
         (["--output.name", "con"], "device name"),
         (["--config", "nowhere.yaml"], "There is no config file 'nowhere.yaml'"),
+        (["--config", "a.yaml", "--like", "b.safetensors"], "one of --config, --like and --resume"),
+        (["--resume", "outputs/a", "--train.steps", "3"], "the run's own settings"),
+        (["--adapter.dora", "--adapter.up_bias"], "'adapter' is .*turn dora or up_bias off"),
     ],
 )
 def test_a_wrong_flag_is_a_sentence(argv, said):

@@ -77,7 +77,7 @@ def test_the_demo_learns_the_style_and_keeps_the_subjects(tiny_sd, tmp_path):
     settings["output"] |= {"folder": str(tmp_path), "name": "tiny"}
     assert trainer.train(config_from_values(settings), "tiny") == 0
     file = RunFolder(tmp_path / "tiny").adapter_file
-    figures = demo.measure(tiny_sd, load_adapter(file, layer_shapes(tiny_sd.unet)))
+    figures = demo.measure(tiny_sd, load_adapter(file, layer_shapes(tiny_sd.components)))
     assert figures.exact
     assert figures.shift >= 0.75
     assert figures.found_adapted > figures.found_base / 2

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lora_sd.generate import (
@@ -12,6 +13,7 @@ from lora_sd.generate import (
     draw_grid,
     generate,
     generate_at_scales,
+    generate_strip,
     save_picture,
 )
 from lora_sd.merge import MergedWeights
@@ -38,12 +40,26 @@ def test_many_pictures_are_drawn_in_parts(base):
 
 def test_at_scale_0_and_afterwards_it_is_the_base(base, adapter):
     before = pixels(generate(base, [one()]))[0]
-    merged = MergedWeights({"unet": base.unet})
+    merged = MergedWeights(base.components)
     rows = generate_at_scales(base, merged, adapter, [0, 0.5, 1], [one()])
     zero, half, whole = pixels(rows[0])
     assert np.array_equal(zero, before)
     assert np.abs(half - before).max() > 2 and np.abs(whole - half).max() > 2
     assert np.array_equal(pixels(generate(base, [one()]))[0], before)
+
+
+def test_a_strip_in_one_pass_equals_merging_for_each_scale(base, adapter):
+    scales = [0.0, 0.5, 1.0]
+    before = {name: p.clone() for name, p in base.unet.named_parameters()}
+    strip = pixels(generate_strip(base, adapter, scales, one()))
+    after = dict(base.unet.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    merged = MergedWeights(base.components)
+    (row,) = generate_at_scales(base, merged, adapter, scales, [one()])
+    for picture, expected in zip(strip, pixels(row), strict=True):
+        assert np.abs(picture - expected).max() <= 2
+    assert np.abs(strip[2] - strip[0]).max() > 8
 
 
 def test_cancelling_stops_and_puts_the_base_back(base, adapter):
@@ -56,7 +72,7 @@ def test_cancelling_stops_and_puts_the_base_back(base, adapter):
 
     with pytest.raises(Cancelled):
         generate_at_scales(
-            base, MergedWeights({"unet": base.unet}), adapter, [1, 2], [one()], stop_at_the_second
+            base, MergedWeights(base.components), adapter, [1, 2], [one()], stop_at_the_second
         )
     assert seen == [(1, 6), (2, 6)]
     assert bool((base.unet.conv_in.weight == before).all())

@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_folder_promises(run_settings, base):
         "step_000006",
     ]
     assert "Adapted layers" in run.log_file.read_text()
-    adapter = load_adapter(run.adapter_file, layer_shapes(base.unet))
+    adapter = load_adapter(run.adapter_file, layer_shapes(base.components))
     assert all(layer.up.abs().max() > 0 for layer in adapter.layers.values())
 
 

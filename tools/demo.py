@@ -60,7 +60,7 @@ def measure(base: BaseModel, adapter: Adapter) -> Figures:
         for request, seed in zip(requests, SEEDS * len(subjects), strict=True)
     ]
     plain = generate(base, settings[:COMPARED])  # before the adapter comes near the weights
-    rows = generate_at_scales(base, MergedWeights({"unet": base.unet}), adapter, [1, 0], settings)
+    rows = generate_at_scales(base, MergedWeights(base.components), adapter, [1, 0], settings)
     one, zero = [row[0] for row in rows], [row[1] for row in rows]
 
     masks = [figure_mask(picture) for picture in zero]
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         raise RunError("There is no finished run under 'outputs'. Type 'make demo' first.")
     run = runs[0]
     base = load_base_model("tiny-sd", pick_device(), torch.float32)
-    figures = measure(base, load_adapter(run.adapter_file, layer_shapes(base.unet)))
+    figures = measure(base, load_adapter(run.adapter_file, layer_shapes(base.components)))
     python = os.path.relpath(sys.executable)
     print(f"""
 On {len(load_reference().held_out_subjects)} subjects that the training pictures do not hold:

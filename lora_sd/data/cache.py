@@ -17,7 +17,8 @@ class Cache:
 
     `mean` and `deviation` (n, channels, height, width) are the VAE's posterior, scaled; a latent
     is mean + deviation * noise, drawn anew each time a picture is seen. `captions` (n, tokens,
-    width) are the text encoder's outputs, `empty` (tokens, width) is that of the empty caption.
+    width) are the text encoder's outputs, `empty` (tokens, width) is that of the empty caption;
+    where the text encoder learns, they are its inputs: token ids (n, tokens) and (tokens).
     """
 
     mean: Tensor
@@ -35,13 +36,17 @@ class Cache:
 
 @torch.no_grad()
 def encode(
-    base: BaseModel, examples: Sequence[Example], on_image: Callable[[int], bool]
+    base: BaseModel,
+    examples: Sequence[Example],
+    on_image: Callable[[int], bool],
+    as_tokens: bool = False,
 ) -> tuple[Cache, list[str]]:
     """(cache, notices) of a folder's examples.
 
     Args:
         on_image: called with the number of pictures encoded so far; encoding stops there when it
             returns True, and the cache holds only these.
+        as_tokens: keep the captions' token ids instead of the text encoder's outputs.
 
     Raises:
         DataError: a picture whose latents are not finite numbers; named.
@@ -66,10 +71,13 @@ def encode(
             f"bfloat16 or float32."
         )
     texts = list(dict.fromkeys([example.caption for example in examples] + [""]))
-    outputs = {
-        text: pipeline.encode_prompt(text, base.device, 1, False)[0][0].float().cpu()
-        for text in texts
-    }
+    if as_tokens:
+        outputs = {text: base.tokens(text) for text in texts}
+    else:
+        outputs = {
+            text: pipeline.encode_prompt(text, base.device, 1, False)[0][0].float().cpu()
+            for text in texts
+        }
     longest = base.tokenizer.model_max_length
     cut = [text for text in texts if len(base.tokenizer(text).input_ids) > longest]
     notices = []

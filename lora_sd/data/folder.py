@@ -39,12 +39,15 @@ class ImageFolder:
     fingerprint: str
 
 
-def read_folder(folder: Path, resolution_px: int, caption: str | None = None) -> ImageFolder:
+def read_folder(
+    folder: Path, resolution_px: int, caption: str | None = None, trigger_word: str | None = None
+) -> ImageFolder:
     """Read every image and caption of a folder.
 
     Args:
         resolution_px: side of the square pictures.
         caption: for images without a .txt beside them.
+        trigger_word: put before every caption, with a comma.
 
     Raises:
         DataError: no folder, no images, or images and captions that cannot be used: all at once.
@@ -57,7 +60,7 @@ def read_folder(folder: Path, resolution_px: int, caption: str | None = None) ->
     except OSError as error:
         raise DataError(f"The image folder '{folder}' cannot be read: {error.strerror}.") from None
     texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
-    caption = (caption or "").strip()
+    caption, trigger = (caption or "").strip(), (trigger_word or "").strip()
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     foreign = [file for file in files if file.suffix.lower() in OTHER_PICTURES]
     if not images:
@@ -80,7 +83,7 @@ def read_folder(folder: Path, resolution_px: int, caption: str | None = None) ->
         except DataError as error:
             problems += error.problems
             continue
-        text = own_caption or caption
+        text = ", ".join(part for part in (trigger, own_caption or caption) if part)
         if not text:
             without_caption.append(file.name)
             continue

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MOST_SCALE = 1.5
 MOST_STEPS = 100
+MOST_STRIP_PX = 512  # side of the pictures of a strip that are drawn in one pass
 STRIP_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MOST_PROMPT = 2_000  # characters
 MOST_SEED = 2**31 - 1
@@ -191,7 +192,12 @@ class GenerateHandlers:
 
     def _draw(self, wish: Request, scales: Sequence[float], on_step: OnStep) -> list[Image]:
         """The wished picture at each scale; those drawn before are taken from memory."""
-        from lora_sd.generate import Cancelled, PictureSettings, generate_at_scales
+        from lora_sd.generate import (
+            Cancelled,
+            PictureSettings,
+            generate_at_scales,
+            generate_strip,
+        )
 
         settings = PictureSettings(
             wish.prompt, wish.negative_prompt, wish.seed, wish.steps, wish.guidance
@@ -205,10 +211,14 @@ class GenerateHandlers:
             if missing:
                 loaded = self._load(wish.base)
                 adapter = self._adapter_for(wish, loaded, stamp)
+                base, is_small = loaded.base, loaded.base.resolution_px <= MOST_STRIP_PX
                 try:
-                    (row,) = generate_at_scales(
-                        loaded.base, loaded.merged, adapter, missing, [settings], on_step
-                    )
+                    if len(missing) > 2 and is_small:
+                        row = generate_strip(base, adapter, missing, settings, on_step)
+                    else:
+                        (row,) = generate_at_scales(
+                            base, loaded.merged, adapter, missing, [settings], on_step
+                        )
                 except Cancelled:
                     raise UserError("Cancelled.") from None
                 for scale, picture in zip(missing, row, strict=True):
@@ -232,8 +242,8 @@ class GenerateHandlers:
             self._loaded = self._adapter = None  # frees the memory before the next one needs it
             device = pick_device()
             base = load_base_model(name or "tiny-sd", device, pick_dtype("auto", device))
-            merged = MergedWeights({"unet": base.unet})
-            self._loaded = name, _Loaded(base, merged, layer_shapes(base.unet))
+            merged = MergedWeights(base.components)
+            self._loaded = name, _Loaded(base, merged, layer_shapes(base.components))
         return self._loaded[1]
 
     def _adapter_for(self, wish: Request, loaded: _Loaded, stamp: Any) -> Adapter:

@@ -97,6 +97,8 @@ def _began(view: RunView, status: Status, trainer: Trainer) -> None:
     elif status.state == "finished":
         view.badge, view.tone = "Finished", "good"
         view.message = "The adapter is ready to use and to download."
+        if status.message:
+            view.message += f" Read back: {status.message}."
     elif status.state == "stopped":
         view.badge, view.tone, view.can_resume = "Stopped", "calm", True
         view.message = (

@@ -51,6 +51,14 @@ def thumbs_html(pairs: Sequence[tuple[Path, str]]) -> str:
     return f'<ul class="thumbs">{"".join(items)}</ul><p class="hint">{said}</p>'
 
 
+def layers_html(table: str, notices: Sequence[str]) -> str:
+    """The chosen layers as lines of text, and what is to be known of them; empty for none."""
+    if not table:
+        return ""
+    said = "".join(f'<p class="hint">{escape(notice)}</p>' for notice in notices)
+    return f'<pre class="layers">{escape(table)}</pre>{said}'
+
+
 def _data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=85)

@@ -28,6 +28,15 @@ class Started:
 
 
 @dataclass(frozen=True)
+class LayersShown:
+    """The layers that settings choose, a line a kind, and what clients will not read of them."""
+
+    table: str = ""
+    notices: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Shown:
     """What a folder or an upload holds, for the page."""
 
@@ -86,6 +95,35 @@ class TrainHandlers:
             return Shown([(u.file, u.caption) for u in pictures.match_uploads(_paths(files))])
         except UserError as error:
             return Shown(problems=error.problems)
+
+    def layers(self, form: Mapping[str, Any]) -> LayersShown:
+        """Which layers the settings choose, from the base's files alone; no model is loaded."""
+        from lora_sd import clients, inject
+        from lora_sd.base_files import open_base
+        from lora_sd.layers import LayerOptions
+
+        try:
+            config = fields.config_from_form(form)
+            base = open_base(config.base.model)
+            wanted = {
+                name: shape
+                for name, shape in base.shapes.items()
+                if config.adapter.text_encoder or name.startswith("unet.")
+            }
+            plans = inject.choose_layers(wanted, **config.adapter.layer_choice())
+        except UserError as error:
+            return LayersShown(problems=[fields.in_page_words(one) for one in error.problems])
+        options = LayerOptions(**config.adapter.layer_options())
+        bytes_per_weight = 4 if config.output.dtype == "float32" else 2
+        names = [plan.name for plan in plans]
+        only_diffusers = options.up_bias or any(name.endswith(inject.TOKENS) for name in names)
+        file_format = (
+            "diffusers" if only_diffusers else config.output.format.replace("auto", "kohya")
+        )
+        return LayersShown(
+            inject.describe(plans, options, bytes_per_weight),
+            clients.ignored_layers(names, base.family, file_format, options.up_bias),
+        )
 
     def start(
         self, form: Mapping[str, Any], source: object, folder_id: object, upload: Mapping[str, Any]

@@ -9,7 +9,7 @@ from gradio.components import Component
 from lora_sd.config import Config
 from lora_sd.ui import fields
 from lora_sd.ui.run_panel import RunPanel, build_run_panel
-from lora_sd.ui.show import sentences_html, thumbs_html
+from lora_sd.ui.show import layers_html, sentences_html, thumbs_html
 from lora_sd.ui.train_handlers import OWN_FIELDS, Shown, TrainHandlers
 
 MAIN_FIELDS = (
@@ -110,6 +110,8 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
             add("sample.prompts", lines=3)
             with gr.Accordion("More settings", open=False, elem_id="more"):
                 _more_settings(form, config, add)
+            look_at_layers = gr.Button("Show which layers learn", size="md", elem_id="show-layers")
+            layers = gr.HTML(elem_id="layers")
             with gr.Column(elem_classes="start-bar"):
                 problems = gr.HTML(elem_id="problems")
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
@@ -164,12 +166,17 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
             }
         return updates
 
+    def show_layers(data: dict[Component, Any]) -> str:
+        shown = handlers.layers({names[part]: value for part, value in data.items()})
+        return sentences_html(shown.problems) + layers_html(shown.table, shown.notices)
+
     quick = {"show_progress": "hidden", "queue": False}
     source.input(show_source, [source, folder, files], [folder_side, upload_side, caption], **quick)
     folder.change(
         show_folder, folder, [thumbs, caption], show_progress="hidden", concurrency_id="look"
     )
     files.change(show_upload, files, [upload_thumbs, table, caption], concurrency_id="look")
+    look_at_layers.click(show_layers, {*form.values()}, layers, concurrency_id="look")
     start.click(
         press_start,
         {*form.values(), source, folder, data_name, files, table},

@@ -1,0 +1,173 @@
+"""What an adapter's file says about how it was made, and the settings read back out of it.
+
+`ss_*` keys are kohya's, which A1111, Forge and kohya's tools show; `modelspec.*` is Stability's
+ModelSpec 1.0.1; `lora_sd.*` is our own: the whole configuration and the loss curve. No path, no
+file name and no time is among them, so that the same run gives the same file; the date is that of
+the run's start, or of SOURCE_DATE_EPOCH (reproducible-builds.org).
+"""
+
+import base64
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_sd import __version__
+from lora_sd.base_model import EMBEDDED, BaseModel
+from lora_sd.config import Config
+from lora_sd.errors import ConfigError
+from lora_sd.formats.safetensors_file import read_header
+from lora_sd.run_folder import RunFolder
+
+CONFIG = "lora_sd.config"
+LOSS_CURVE = "lora_sd.loss_curve"
+CURVE_POINTS = 100
+MOST_TAGS = 500
+THUMBNAIL_PX = 256
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
+    """What is known of a run before its first step."""
+    options, adapter, side = config.train, config.adapter, config.data.resolution_px
+    metadata = {
+        "ss_output_name": name,
+        "ss_sd_model_name": _shared_model(config.base.model),
+        "ss_base_model_version": base.kohya_version,
+        "ss_v2": str(base.kohya_version.startswith("sd_v2")),
+        "ss_steps": str(options.steps),
+        "ss_max_train_steps": str(options.steps),
+        "ss_learning_rate": str(options.learning_rate),
+        "ss_unet_lr": str(options.learning_rate),
+        "ss_text_encoder_lr": str(text_learning_rate(config)) if adapter.text_encoder else "None",
+        "ss_lr_scheduler": options.schedule,
+        "ss_lr_warmup_steps": str(options.warmup_steps),
+        "ss_optimizer": "torch.optim.AdamW",
+        "ss_batch_size_per_device": str(options.batch_size),
+        "ss_gradient_accumulation_steps": str(options.gradient_accumulation),
+        "ss_gradient_checkpointing": str(options.gradient_checkpointing),
+        "ss_max_grad_norm": str(options.max_grad_norm),
+        "ss_caption_dropout_rate": str(options.caption_dropout),
+        "ss_network_dropout": str(adapter.dropout or None),
+        "ss_resolution": f"({side}, {side})",
+        "ss_seed": str(options.seed),
+        "ss_mixed_precision": options.mixed_precision,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": name,
+        "modelspec.implementation": "diffusers",
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
+        "lora_sd.version": __version__,
+        CONFIG: json.dumps(shared_config(config), ensure_ascii=False),
+    }
+    if base.architecture:
+        metadata["modelspec.architecture"] = f"{base.architecture}/lora"
+    if config.data.trigger_word:
+        metadata["modelspec.trigger_phrase"] = config.data.trigger_word
+    return metadata
+
+
+def describe_data(captions: Sequence[str], side_px: int) -> dict[str, str]:
+    """How many pictures, of what size, and how often each tag stands in their captions.
+
+    Tags are what commas part, as kohya counts them; the folder goes by 'pictures'.
+    """
+    tags = Counter(tag for text in captions for part in text.split(",") if (tag := part.strip()))
+    count = len(captions)
+    return {
+        "ss_num_train_images": str(count),
+        "ss_tag_frequency": json.dumps({"pictures": dict(tags.most_common(MOST_TAGS))}),
+        "ss_dataset_dirs": json.dumps({"pictures": {"n_repeats": 1, "img_count": count}}),
+        "ss_bucket_info": json.dumps(
+            {"buckets": {"0": {"resolution": [side_px, side_px], "count": count}}}
+        ),
+    }
+
+
+def describe_result(run: RunFolder, sample: Path | None) -> dict[str, str]:
+    """What is known at the end: the loss curve, the date, a thumbnail.
+
+    Args:
+        sample: a picture drawn with the adapter.
+    """
+    metadata = {"modelspec.date": _date(run)}
+    if curve := loss_curve(run.read_metrics()):
+        metadata[LOSS_CURVE] = json.dumps(curve)
+    if sample is not None and sample.is_file():
+        metadata["modelspec.thumbnail"] = _thumbnail(sample)
+    return metadata
+
+
+def loss_curve(metrics: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """[last step, mean loss] of at most 100 equal stretches of a run."""
+    points = [(m["step"], m["loss"]) for m in metrics if "step" in m and "loss" in m]
+    size = max(1, -(-len(points) // CURVE_POINTS))
+    stretches = [points[i : i + size] for i in range(0, len(points), size)]
+    return [
+        [part[-1][0], round(sum(loss for _, loss in part) / len(part), 6)] for part in stretches
+    ]
+
+
+def settings_like(path: Path) -> dict[str, Any]:
+    """The settings that an adapter of ours was trained with, unchecked, for `config_from_values`.
+
+    Where the pictures lie is not among them, nor a base model that lies in a folder.
+
+    Raises:
+        UserError: no adapter file, or none of ours.
+    """
+    text = read_header(path).metadata.get(CONFIG, "")
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"'{path}' does not say how it was trained: only adapters of this trainer do. Use "
+            f"--config."
+        ) from None
+    return values
+
+
+def shared_config(config: Config) -> dict[str, Any]:
+    """The configuration as it goes into the file: nothing of where things lie on this machine."""
+    values = config.model_dump()
+    del values["data"]["folder"], values["output"]["folder"], values["output"]["name"]
+    if _is_private(config.base.model):
+        del values["base"]["model"]
+    return values
+
+
+def text_learning_rate(config: Config) -> float:
+    """The text encoders' learning rate: half of the UNet's where it is not given."""
+    return config.train.text_encoder_learning_rate or config.train.learning_rate / 2
+
+
+def _is_private(model: str) -> bool:
+    return model not in EMBEDDED and (os.path.exists(model) or not HUB_ID.fullmatch(model))
+
+
+def _shared_model(model: str) -> str:
+    return Path(model).name if _is_private(model) else model
+
+
+def _date(run: RunFolder) -> str:
+    moment = os.environ.get("SOURCE_DATE_EPOCH", "")
+    seconds = float(moment) if moment.isdigit() else run.config_file.stat().st_mtime
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+
+
+def _thumbnail(sample: Path) -> str:
+    with Image.open(sample) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
