@@ -83,7 +83,7 @@ class Report:
             right = len(comparison.layers) - len(comparison.wrong)
             worst = comparison.worst
             error = comparison.layers[worst].error if worst else 0.0
-            largest = f"{error:.0e}".replace("e-0", "e-")
+            largest = f"{error:.0e}".replace("e-0", "e-") if error else "0"
             text = f"{right} of {self.modules} modules match {place}, largest error {largest}"
         if not self.ok:
             text = f"THE FILE IS NOT RIGHT: {text}"
@@ -130,7 +130,7 @@ def check_file(
         comparison=compare(found, live) if live else None,
         clients=reports,
         layer_of=layer_of_keys(outline.shapes, shapes),
-        in_diffusers=_load_in_diffusers(path, found, base) if base and by_rules else None,
+        in_diffusers=_check_in_diffusers(path, found, base) if base and by_rules else None,
         notes=metadata_notes(outline.metadata, family),
         by_rules=by_rules,
     )
@@ -180,24 +180,31 @@ def _differences(comparison: Comparison) -> list[str]:
     return lines + wrong[:5] + more
 
 
-def _load_in_diffusers(path: Path, found: Adapter, base: "BaseModel") -> list[str]:
+def _check_in_diffusers(path: Path, found: Adapter, base: "BaseModel") -> list[str]:
     """Sentences on what is wrong when diffusers loads the file; none when all is well."""
-    from lora_sd.clients.diffusers_load import deltas_in_diffusers
+    from lora_sd.clients.diffusers_load import load_in_diffusers
 
     try:
-        deltas = deltas_in_diffusers(path, base)
+        loaded = load_in_diffusers(path, base)
     except Exception as error:  # its and PEFT's refusals have no class in common
         return [f"diffusers refuses the file: {str(error).strip().splitlines()[0]}"]
-    missing = [name for name in found.layers if name not in deltas]
-    wrong = []
-    for name, layer in found.layers.items():
-        if name in deltas:
-            meant = layer.low_rank()
-            difference = (deltas[name].reshape(meant.shape).float() - meant).norm()
-            if not difference <= SAME_UPDATE * meant.norm():
-                wrong.append(name)
+    missing, wrong, without_dora = [], [], []
+    for name, meant in found.layers.items():
+        if name not in loaded:
+            missing.append(name)
+            continue
+        update, magnitude = loaded[name]
+        wanted = meant.low_rank()
+        if not (update.reshape(wanted.shape) - wanted).norm() <= SAME_UPDATE * wanted.norm():
+            wrong.append(name)
+        if magnitude is None and meant.magnitude is not None:
+            without_dora.append(name)
     return [
         f"diffusers {what} {len(names)} of {len(found.layers)} layers: {shown_list(names)}."
-        for what, names in (("leaves out", missing), ("applies otherwise than meant", wrong))
+        for what, names in (
+            ("leaves out", missing),
+            ("applies otherwise than meant", wrong),
+            ("applies without DoRA", without_dora),
+        )
         if names
     ]

@@ -1,8 +1,11 @@
 """Really load an adapter file with diffusers, into a copy of a base model's structure."""
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,11 +14,18 @@ from torch import Tensor
 
 from lora_sd.base_model import BaseModel
 
-FLAT = "text_encoder.text_model."
+TEXT_ENCODER = "text_encoder.text_model."
 
 
-def deltas_in_diffusers(path: Path, base: BaseModel) -> dict[str, Tensor]:
-    """{full layer name: what diffusers adds to the layer's weight at scale 1} of a file.
+class LoadedLayer(NamedTuple):
+    """What a layer became in diffusers: alpha / rank * up @ down, and its DoRA magnitude."""
+
+    low_rank: Tensor
+    magnitude: Tensor | None
+
+
+def load_in_diffusers(path: Path, base: BaseModel) -> dict[str, LoadedLayer]:
+    """What diffusers makes of a file, by full layer name.
 
     The base's own parts are left alone: the file goes into fresh ones of the same structure, with
     random weights.
@@ -37,24 +47,28 @@ def deltas_in_diffusers(path: Path, base: BaseModel) -> dict[str, Tensor]:
             requires_safety_checker=False,
         )
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="file")
-    deltas = {}
+    loaded = {}
     for component, model in (("unet", unet), ("text_encoder", text_encoder)):
         for name, module in model.named_modules():
             layer: Any = module
             if hasattr(layer, "get_delta_weight") and "file" in layer.scaling:
                 full = f"{component}.{name}"
                 if component == "text_encoder":
-                    full = FLAT + name.removeprefix("text_model.")
-                deltas[full] = layer.get_delta_weight("file").detach()
-    return deltas
+                    full = TEXT_ENCODER + name.removeprefix("text_model.")
+                dora = layer.lora_magnitude_vector
+                magnitude = dora["file"].weight.detach() if "file" in dora else None
+                loaded[full] = LoadedLayer(layer.get_delta_weight("file").detach(), magnitude)
+    return loaded
 
 
-class _quiet:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Silence what diffusers and PEFT say of a file that is on trial."""
-
-    def __enter__(self) -> None:
-        self._level = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity(logging.CRITICAL)
-
-    def __exit__(self, *error: object) -> None:
-        diffusers_logging.set_verbosity(self._level)
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(level)
