@@ -84,6 +84,7 @@ def apply_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> dict[str,
     Raises:
         ConfigError: a pattern matches nothing, or layers are adapted already or cannot have the
             rank; all problems at once, and the model is as before.
+        AdapterError: `inference_mode` with layers that cannot be merged (`merge_all_lora`).
     """
     chosen = _choose(model, config)
     alpha = float(config.r if config.lora_alpha is None else config.lora_alpha)
