@@ -24,7 +24,15 @@ from torch import Size, nn
 
 from lora_sd.adapter import Adapter
 from lora_sd.errors import AdapterError, ConfigError, shown_list
-from lora_sd.layers import KINDS, Adaptable, LayerOptions, LoRALayer, innermost, rank_limit
+from lora_sd.layers import (
+    GIVEN,
+    KINDS,
+    Adaptable,
+    LayerOptions,
+    LoRALayer,
+    innermost,
+    rank_limit,
+)
 from lora_sd.parts import TEXT_ENCODERS, Scales, block_of, component_of, is_conv
 
 Model = nn.Module | Mapping[str, nn.Module]
@@ -219,18 +227,28 @@ def attach_adapter(
 ) -> dict[str, LoRALayer]:
     """Attach layers that hold an adapter's weights, live: a scale can be changed at any time.
 
+    They do not learn.
+
     Raises:
         AdapterError: the adapter does not fit the model.
     """
     adapter.check_fits(layer_shapes(model), "the adapter")
     attached: dict[str, LoRALayer] = {}
-    for name, weights in adapter.layers.items():
-        plan = LayerPlan(name, weights.rank, weights.alpha, weights.weight_shape)
-        options = LayerOptions(up_bias=weights.up_bias is not None)
-        attached |= attach(model, [plan], options, adapter_name=adapter_name)
+    for up_bias in (False, True):
+        plans = [
+            LayerPlan(name, weights.rank, weights.alpha, weights.weight_shape)
+            for name, weights in adapter.layers.items()
+            if (weights.up_bias is not None) == up_bias
+        ]
+        if plans:
+            options = LayerOptions(init=GIVEN, up_bias=up_bias)
+            attached |= attach(model, plans, options, adapter_name=adapter_name)
+    for name, layer in attached.items():
+        weights = adapter.layers[name]
         if weights.magnitude is not None:
-            attached[name].add_magnitude(weights.magnitude)
-        attached[name].load(weights)
+            layer.add_magnitude(weights.magnitude)
+        layer.load(weights)
+        layer.requires_grad_(False)
     set_scale(model, scale, adapter_name)
     return attached
 
@@ -312,12 +330,12 @@ def describe(
     kinds: dict[str, list[LayerPlan]] = {}
     for plan in plans:
         kinds.setdefault(_kind(plan.name), []).append(plan)
-    lines = []
+    lines, width = [], max([24, *map(len, kinds)])
     for kind, members in kinds.items():
         ranks = sorted({plan.rank for plan in members})
         alphas = sorted({plan.alpha for plan in members})
         lines.append(
-            f"  {len(members):4d} x {kind:<24} rank {'/'.join(map(str, ranks)):<4} "
+            f"  {len(members):4d} x {kind:<{width}} rank {'/'.join(map(str, ranks)):<4} "
             f"alpha {'/'.join(f'{alpha:g}' for alpha in alphas)}"
         )
     weights = sum(plan.weights(options) for plan in plans)

@@ -21,7 +21,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
-from lora_sd.adapter import LoRAWeights, norms
+from lora_sd.adapter import LoRAWeights, delta_weight, norms
 
 Adaptable = nn.Linear | nn.Conv2d | nn.Embedding
 Layer = TypeVar("Layer", bound="LoRALayer")
@@ -48,6 +48,8 @@ INITS: dict[str, Callable[[Tensor, int, torch.Generator], None]] = {
     "orthogonal": orthogonal,
 }
 PISSA = "pissa"
+GIVEN = "given"
+"""No start: the factors come from a file, which may hold more ranks than are useful."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class LoRALayer(nn.Module):
         base: the layer to adapt. It is adopted, not copied, and frozen.
         rank: inner size; 0 leaves the layer as it is.
         alpha: the update is scaled by alpha / rank; None means alpha = rank.
-        init: `lora_down`'s start: 'kaiming', 'gaussian' or 'orthogonal'; or 'pissa', which starts
-            both factors at the base's principal components and subtracts them from it (Meng et
-            al. 2024, "PiSSA", section 3), so that the sum is the base still.
+        init: `lora_down`'s start: 'kaiming', 'gaussian' or 'orthogonal'; 'given' for none; or
+            'pissa', which starts both factors at the base's principal components and subtracts
+            them from it (Meng et al. 2024, "PiSSA", section 3), so that the sum is the base still.
         rs: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, "rsLoRA").
         dropout: share of the update's input that is zeroed in training.
         rank_dropout: share of the ranks that is zeroed in training, for each sample.
@@ -112,10 +114,12 @@ class LoRALayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if rank:
+        if rank and init != GIVEN:
             check_rank(innermost(base).weight.shape, rank)
-        if dora and (up_bias or isinstance(base, nn.Embedding)):
-            raise ValueError("DoRA has no bias of its own and no form for embeddings")
+        if dora and up_bias:
+            raise ValueError("DoRA has no bias of its own")
+        if (dora or up_bias) and isinstance(innermost(base), nn.Embedding):
+            raise ValueError("DoRA and the up-bias have no form for a token table")
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.alpha = in_file_precision(rank if alpha is None else alpha)
@@ -134,8 +138,8 @@ class LoRALayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         if up_bias:
             nn.init.zeros_(self.lora_up.bias)
-        if weight.is_meta:  # only shapes are wanted
-            pass
+        if weight.is_meta or init == GIVEN:
+            pass  # only shapes are wanted
         elif init == PISSA:
             self._start_at_principal_components()
         else:
@@ -155,7 +159,7 @@ class LoRALayer(nn.Module):
         """The activation of `rank` channels, by a weight of lora_down's shape."""
         raise NotImplementedError
 
-    def _up(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _up(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The output of the base's shape, by a weight of lora_up's shape."""
         raise NotImplementedError
 
@@ -167,7 +171,8 @@ class LoRALayer(nn.Module):
     @property
     def scaling(self) -> float:
         """alpha / rank, or alpha / sqrt(rank): the one place where it is computed."""
-        return self.alpha / (math.sqrt(self.rank) if self.rs else max(self.rank, 1))
+        rank = max(self.rank, 1)
+        return self.alpha / (math.sqrt(rank) if self.rs else rank)
 
     @property
     def weight(self) -> Tensor:
@@ -192,7 +197,8 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The base's output plus the scaled update, in the base output's dtype."""
         if self.base is None:
-            return self.update(x)
+            scale = 0.0 if self._is_off() else self._scale_for(x)
+            return self._low_rank(x, scale * self.scaling)
         out = self.base(x)
         if self._kept is not None or not self.rank or self._is_off():
             return out
@@ -206,16 +212,15 @@ class LoRALayer(nn.Module):
 
     def _low_rank(self, x: Tensor, factor: float | Tensor) -> Tensor:
         """factor * up(down(x)), with the dropouts of training."""
-        weight, bias = self.lora_down.weight, self.lora_up.bias
-        hidden = self._down(self._dropped(x), weight)
+        x = x.to(self.lora_down.weight.dtype) if x.is_floating_point() else x  # ids stay ids
+        hidden = self._down(self._dropped(x), self.lora_down.weight)
         if self.training and self.rank_dropout:
             hidden = hidden * self._rank_mask(hidden)
-        if bias is None:
-            out = self._up(hidden * factor, self.lora_up.weight)
-        else:
-            out = self._up(hidden, self.lora_up.weight, bias) * factor
+        out = self._up(hidden * factor, self.lora_up.weight)
         if self.down_start is not None and self.up_start is not None:
             out = out - self._up(self._down(x, self.down_start) * factor, self.up_start)
+        if self.lora_up.bias is not None:
+            out = out + self._by_channel(self.lora_up.bias) * factor
         return out
 
     def _decomposed(self, x: Tensor, out: Tensor) -> Tensor:
@@ -224,7 +229,7 @@ class LoRALayer(nn.Module):
         if isinstance(self.base, LoRALayer):  # another adapter's update is in it
             plain = self._plain(x)
         magnitude, weight = cast(Tensor, self.magnitude), self.weight.detach().float()
-        ratio = magnitude / norms(weight + self.weights().low_rank(), magnitude.shape)
+        ratio = magnitude / norms(weight + self._weight_update(), magnitude.shape)
         if magnitude.shape == _output_axis(weight):
             ratio = self._by_channel(ratio.flatten())
             added = (ratio - 1) * plain + ratio * self.update(x)
@@ -232,6 +237,15 @@ class LoRALayer(nn.Module):
             scaled = (x * ratio).to(x.dtype)
             added = self._plain(scaled) + self.update(scaled) - plain
         return self._scale_for(out) * added
+
+    @torch.no_grad()
+    def _weight_update(self) -> Tensor:
+        """What the factors add to the base's weight, in float32; exact zeros at the start."""
+        alpha = self.scaling * self.rank
+        update = delta_weight(self.lora_down.weight, self.lora_up.weight, alpha)
+        if self.down_start is not None and self.up_start is not None:
+            update = update - delta_weight(self.down_start, self.up_start, alpha)
+        return update
 
     def _plain(self, x: Tensor) -> Tensor:
         """The innermost base's output without its bias."""
@@ -266,7 +280,6 @@ class LoRALayer(nn.Module):
         return x.dim()
 
     def _dropped(self, x: Tensor) -> Tensor:
-        x = x.to(self.lora_down.weight.dtype)
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def _rank_mask(self, hidden: Tensor) -> Tensor:
@@ -401,8 +414,8 @@ class LinearLoRA(LoRALayer):
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    def _up(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(hidden, weight, bias)
+    def _up(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
 
     @property
     def in_features(self) -> int:
@@ -466,8 +479,8 @@ class ConvLoRA(LoRALayer):
         # nn.Conv2d's own way of padding, for padding modes other than zeros
         return cast(Tensor, self.lora_down._conv_forward(x, weight, None))
 
-    def _up(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(hidden, weight, bias, groups=self.groups)
+    def _up(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(hidden, weight, groups=self.groups)
 
     def _by_channel(self, values: Tensor) -> Tensor:
         return values.view(-1, 1, 1)
@@ -504,8 +517,8 @@ class EmbeddingLoRA(LoRALayer):
             x, weight.T, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq
         )
 
-    def _up(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(hidden, weight, bias)
+    def _up(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
 
     def _down_dims(self, x: Tensor) -> int:
         return x.dim() + 1
