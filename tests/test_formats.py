@@ -18,6 +18,7 @@ from lora_sd.durable import sha256_bytes
 from lora_sd.errors import AdapterError
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.formats.kohya import keys_of
+from lora_sd.formats.safetensors_file import read_header
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.merge import MergedWeights
 
@@ -132,6 +133,18 @@ def test_a_truncated_file_is_refused(file, shapes, length):
     file.write_bytes(data[:cut])
     with pytest.raises(AdapterError, match=r"a\.safetensors' is"):
         load_adapter(file, shapes)
+    with pytest.raises(AdapterError, match=r"a\.safetensors' is"):
+        read_header(file)
+
+
+def test_a_header_tells_names_dtypes_shapes_and_metadata(file):
+    header = read_header(file)
+    tensors = load_file(file)
+    assert {name: entry.shape for name, entry in header.tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
+    assert {entry.dtype for entry in header.tensors.values()} == {"F32"}
+    assert header.metadata["ss_network_dim"] == "2"
 
 
 HOSTILE = {

@@ -175,7 +175,13 @@ def train_with_peft(models, **options) -> None:
         lora_alpha=3,
         target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"],
         rank_pattern={"mid_block.resnets.0.conv1": 3, "attn2.to_k": 1},
-        alpha_pattern={"attn1.to_v": 5, ".*mid_block.*to_q": 7, "^mid_block.resnets.0.conv1": 0.5},
+        alpha_pattern={
+            "attn1.to_v": 5,
+            ".*mid_block.*to_q": 7,
+            "^mid_block.resnets.0.conv1": 0.5,
+            "to_v": 9,  # where several fit, the first one counts
+            "to_q": 4,
+        },
         **options,
     )
     text = LoraConfig(r=2, lora_alpha=1, target_modules=["q_proj", "out_proj", "fc1"], **options)
