@@ -157,9 +157,10 @@ def choose_layers(
         layer_rank, given = (conv_rank, conv_alpha) if conv else (rank, alpha)
         layer_alpha = float(layer_rank if given is None else given)
         setting = "adapter.conv_rank" if conv else "adapter.rank"
+        scaling = 1.0
         for rule in rules:
             if _is_meant(rule.pattern, name, shape):
-                scaling = layer_alpha / layer_rank if layer_rank else 1.0
+                scaling = layer_alpha / layer_rank if layer_rank else scaling
                 layer_alpha = scaling * rule.rank if rule.alpha is None else rule.alpha
                 layer_rank, setting = rule.rank, "adapter.ranks"
         limit = rank_limit(shape)
@@ -172,8 +173,11 @@ def choose_layers(
     problems += _too_large(too_large)
     if not plans and not problems:
         problems.append(
-            "'adapter.exclude' leaves no layer to train."
-            if chosen or exclude
+            "Every chosen layer has rank 0, which leaves it alone. Give 'adapter.rank' or "
+            "'adapter.conv_rank' at least 1."
+            if chosen
+            else "'adapter.exclude' leaves no layer to train."
+            if exclude
             else "The settings choose no layer to train."
         )
     if problems:

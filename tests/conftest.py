@@ -14,7 +14,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from lora_sd import inject
 from lora_sd.adapter import Adapter
@@ -40,10 +45,29 @@ def make_unet(**changes: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**options, **changes}).eval()
 
 
+def make_parts() -> dict[str, nn.Module]:
+    """A small UNet and SDXL's two text encoders: transformers names their layers in two ways."""
+    torch.manual_seed(3)
+    text = CLIPTextConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=6,
+    )
+    return {
+        "unet": make_unet(),
+        "text_encoder": CLIPTextModel(text).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(text).eval(),
+    }
+
+
 def choose(
-    unet: nn.Module, preset: str = "attention-conv", **changes: Any
+    unet: inject.Model, preset: str = "attention-conv", **changes: Any
 ) -> list[inject.LayerPlan]:
-    """Layers of a small UNet, with ranks that fit all of them."""
+    """Layers of a small UNet or of its parts, with ranks that fit all of them."""
     options = {"rank": 2, "alpha": 2, "conv_rank": 3, "conv_alpha": 1, **changes}
     return inject.choose_layers(inject.layer_shapes(unet), preset, **options)
 

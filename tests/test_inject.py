@@ -1,13 +1,16 @@
-"""Choosing layers of a UNet, attaching, detaching and collecting adapters."""
+"""Choosing layers of a model, attaching, detaching and collecting adapters."""
+
+import random
 
 import pytest
 import torch
-from conftest import choose, make_unet, randomise
+from conftest import choose, make_parts, make_unet, randomise
 from torch import nn
 
 from lora_sd import inject
 from lora_sd.errors import AdapterError, ConfigError
-from lora_sd.layers import ConvLoRA
+from lora_sd.layers import ConvLoRA, EmbeddingLoRA, LayerOptions
+from lora_sd.parts import Scales
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,114 @@ def test_everything_excluded_is_an_error(unet):
         choose(unet, exclude=["*"])
 
 
+def ranks_of(unet, *ranks, **changes):
+    """Rank and alpha by layer name, without 'unet.'."""
+    plans = choose(unet, "full", ranks=ranks, **changes)
+    return {plan.name.removeprefix("unet."): (plan.rank, plan.alpha) for plan in plans}
+
+
+def test_a_pattern_may_have_a_rank_and_alpha_of_its_own(unet):
+    found = ranks_of(unet, "attn1.to_q=4", "re:.*attn2.to_k = 3 : 0.5", "conv_in=0", alpha=1)
+    attention = "mid_block.attentions.0.transformer_blocks.0"
+    assert found[f"{attention}.attn1.to_q"] == (4, 2)  # the scaling stays 1/2
+    assert found[f"{attention}.attn2.to_k"] == (3, 0.5)
+    assert found[f"{attention}.attn2.to_q"] == (2, 1)
+    assert "conv_in" not in found and "conv_out" in found
+
+
+def test_the_last_rank_that_fits_counts(unet):
+    found = ranks_of(unet, "*=0", "attn1.to_q=4", "re:mid_block.*attn1.to_q=1", alpha=1)
+    assert {name.split(".")[-1] for name in found} == {"to_q"}
+    assert {name.startswith("mid"): pair for name, pair in found.items()} == {
+        False: (4, 2),
+        True: (1, 0.5),
+    }
+
+
+def test_a_block_may_have_ranks_of_its_own_for_convolutions_and_the_others(unet):
+    found = ranks_of(unet, "block:mid=4", "block:up.1/conv=1:1", "block:down.0/linear=0")
+    assert {pair for name, pair in found.items() if name.startswith("mid")} == {(4, 4), (4, 4 / 3)}
+    assert found["up_blocks.1.resnets.0.conv1"] == (1, 1)
+    assert found["up_blocks.1.resnets.0.time_emb_proj"] == (2, 2)
+    down = [name for name in found if name.startswith("down_blocks.0")]
+    assert down and all(".conv" in name for name in down)
+
+
+def test_blocks_are_chosen_and_left_out(unet):
+    names = [plan.name for plan in choose(unet, exclude=["block:mid", "block:up.0/conv"])]
+    assert not any(name.startswith("unet.mid") for name in names)
+    assert {name for name in names if "up_blocks.0" in name} == set()
+    names = {plan.name for plan in choose(unet, "attention", include=["block:rest"])}
+    assert {"unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"} <= names
+    with pytest.raises(ConfigError, match="The blocks are .*mid"):
+        choose(unet, include=["block:middle"])
+
+
+@pytest.mark.parametrize("rule", ["to_q", "to_q=", "to_q=x", "to_q=4:0", "to_q=-1", "=4"])
+def test_a_rank_that_cannot_be_read_is_told(unet, rule):
+    with pytest.raises(ConfigError, match="write PATTERN=RANK"):
+        ranks_of(unet, rule)
+
+
+def test_a_rank_for_a_layer_that_is_not_chosen_or_too_small_is_told(unet):
+    with pytest.raises(ConfigError, match=r"'adapter.ranks': no layer matches 'conv_in'"):
+        choose(unet, "attention", ranks=["conv_in=4"])
+    with pytest.raises(ConfigError, match=r"'adapter.ranks' is 30, but 'conv_in' allows at most 8"):
+        ranks_of(unet, "conv_in=30")
+    assert ranks_of(unet, "conv_in=30:15", clamp_ranks=True)["conv_in"] == (8, 4)
+
+
+def test_rank_0_leaves_the_linear_layers_or_the_convolutions_alone(unet):
+    assert {plan.rank for plan in choose(unet, rank=0)} == {3}
+    assert all(".conv" in plan.name for plan in choose(unet, rank=0))
+    assert {plan.rank for plan in choose(unet, conv_rank=0)} == {2}
+    with pytest.raises(ConfigError, match="Every chosen layer has rank 0"):
+        choose(unet, rank=0, conv_rank=0)
+
+
+def test_layers_of_text_encoders_are_called_text_model_whatever_transformers_says():
+    parts = make_parts()
+    names = {name for name in inject.layer_shapes(parts) if not name.startswith("unet.")}
+    own = {name for name, _ in parts["text_encoder"].named_modules()}
+    attention = "text_model.encoder.layers.0.self_attn.q_proj"
+    assert not any(name.startswith("text_model") for name in own)  # else nothing is renamed here
+    assert {f"text_encoder.{attention}", f"text_encoder_2.{attention}"} <= names
+    assert "text_encoder_2.text_projection" in names
+    assert all(".text_model." in name or name.endswith("text_projection") for name in names)
+
+
+@pytest.mark.parametrize("preset", list(inject.PRESETS))
+def test_text_encoders_train_all_of_an_attention_and_no_token_table(preset):
+    plans = [p for p in choose(make_parts(), preset) if not p.name.startswith("unet.")]
+    endings = {plan.name.split(".")[-1] for plan in plans}
+    attention = {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert endings == attention | (set() if preset == "attention" else {"fc1", "fc2"})
+
+
+@pytest.mark.parametrize("pattern", ["token_embedding", "re:text_encoder\\..*token_embedding"])
+def test_a_token_table_is_chosen_only_by_name(pattern):
+    parts, table = make_parts(), "text_encoder.text_model.embeddings.token_embedding"
+    for other in ("*", "block:text_encoder", "re:.*"):
+        assert table not in [plan.name for plan in choose(parts, include=[other])]
+    plans = choose(parts, include=[pattern])
+    assert table in [plan.name for plan in plans]
+    assert isinstance(inject.attach(parts, plans)[table], EmbeddingLoRA)
+
+
+def test_injecting_again_and_again_chooses_and_starts_the_same_layers():
+    parts, firsts = make_parts(), None
+    for number in range(20):
+        plans = choose(parts, include=["token_embedding"] if number % 2 else [])
+        layers = inject.attach(parts, plans, seed=3)
+        starts = {name: layer.lora_down.weight for name, layer in layers.items()}
+        assert len(starts) == len(plans)
+        starts = {name: start for name, start in starts.items() if "token" not in name}
+        firsts = firsts or starts
+        assert list(starts) == list(firsts)
+        assert all(torch.equal(starts[name], firsts[name]) for name in firsts)
+        inject.detach(parts)
+
+
 @pytest.mark.parametrize("preset", list(inject.PRESETS))
 def test_a_fresh_adapter_changes_nothing_to_the_last_bit(unet, unet_inputs, preset):
     before = unet(*unet_inputs).sample
@@ -145,6 +256,139 @@ def test_collected_and_attached_elsewhere_it_does_the_same(unet, unet_inputs):
     assert isinstance(layers["unet.conv_in"], ConvLoRA)
     inject.set_scale(other, 0)
     assert torch.equal(other(*unet_inputs).sample, make_unet()(*unet_inputs).sample)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"up_bias": True}, {"init": "pissa"}])
+def test_a_strip_of_scales_in_one_pass_is_a_pass_for_each_scale(unet, unet_inputs, options):
+    before = unet(*unet_inputs).sample
+    inject.attach(unet, choose(unet, "full"), LayerOptions(**options))
+    randomise(unet)
+    latents, timesteps, captions = unet_inputs
+    inject.set_scale(unet, torch.tensor([0, 0.4, 1.0]))
+    six = [
+        torch.cat([part[:1].expand(3, *part.shape[1:]), part[1:].expand(3, *part.shape[1:])])
+        for part in (latents, timesteps, captions)
+    ]
+    strip = unet(*six).sample
+    for place, scale in enumerate([0, 0.4, 1.0]):
+        inject.set_scale(unet, scale)
+        one = unet(*unet_inputs).sample
+        torch.testing.assert_close(strip[place::3], one, rtol=1e-4, atol=1e-4)
+        assert (scale == 0) == torch.equal(one, before)
+
+
+def test_a_saved_adapter_may_have_more_ranks_than_are_useful(unet, unet_inputs):
+    inject.attach(unet, choose(unet, "full", conv_rank=4), LayerOptions(init="pissa"))
+    randomise(unet)
+    saved, other = inject.collect(unet), make_unet()
+    assert saved.layers["unet.conv_out"].rank == 8 > other.conv_out.out_channels
+    inject.attach_adapter(other, saved)
+    outputs = other(*unet_inputs).sample, unet(*unet_inputs).sample
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
+
+
+def attach_named(model, name: str, seed: int, **options):
+    """One more adapter, as if trained, for all layers."""
+    layers = inject.attach(model, choose(model, "full"), LayerOptions(**options), 0, name)
+    torch.manual_seed(seed)
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_up.weight, std=0.3)
+    return layers
+
+
+def test_several_adapters_have_a_scale_each_and_leave_one_by_one(unet, unet_inputs):
+    def out():
+        return unet(*unet_inputs).sample
+
+    plain = out()
+    attach_named(unet, "ink", 1)
+    ink = out()
+    attach_named(unet, "cat", 2, dora=True)
+    both = out()
+    with pytest.raises(ValueError, match="adapted already"):
+        attach_named(unet, "ink", 3)
+    inject.set_scale(unet, 0, "cat")
+    assert torch.equal(out(), ink)
+    inject.set_scale(unet, 0, "ink")
+    assert torch.equal(out(), plain)
+    inject.set_scale(unet, 1, "ink")
+    inject.set_scale(unet, 1, "cat")
+    assert torch.equal(out(), both)
+    saved = inject.collect(unet, "cat")
+    inject.detach(unet, "ink")
+    assert list(inject.lora_layers(unet, "ink")) == []
+    assert inject.lora_layers(unet, "cat").keys() == saved.layers.keys()
+    cat = out()
+    other = make_unet()
+    inject.attach_adapter(other, saved)
+    assert torch.equal(cat, other(*unet_inputs).sample)
+    inject.detach(unet)
+    assert torch.equal(out(), plain)
+
+
+def test_a_part_s_scale_acts_on_that_part_alone():
+    parts = make_parts()
+    layers = attach_named(parts, "default", 1)
+    inject.set_scale(parts, Scales(2, linear=3, conv=5, text_encoder=7, blocks={"mid": 0.5}))
+    attention = "transformer_blocks.0.attn1.to_q"
+    assert layers["unet.conv_in"].scale == 10
+    assert layers["unet.mid_block.resnets.0.conv1"].scale == 5
+    assert layers[f"unet.mid_block.attentions.0.{attention}"].scale == 3
+    assert layers[f"unet.down_blocks.0.attentions.0.{attention}"].scale == 6
+    assert layers["text_encoder.text_model.encoder.layers.0.mlp.fc1"].scale == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_random_changes_of_live_adapters_leave_the_base_bit_for_bit(dtype):
+    parts, draw = make_parts(), random.Random(0)
+    for part in parts.values():
+        part.to(dtype)
+    names = {key: [n for n, _ in part.named_modules()] for key, part in parts.items()}
+    weights = {(k, n): p for k, part in parts.items() for n, p in part.named_parameters()}
+    before = {key: p.detach().clone() for key, p in weights.items()}
+    on: set[str] = set()
+    for _ in range(40):
+        name = draw.choice("abc")
+        if name not in on:
+            options = draw.choice([{}, {"dora": True}, {"up_bias": True}, {"init": "pissa"}])
+            attach_named(parts, name, draw.randrange(9), **options)
+            on.add(name)
+        elif draw.random() < 0.5:
+            inject.set_scale(parts, Scales(draw.uniform(-2, 2), blocks={"mid": 0}), name)
+        else:
+            inject.detach(parts, name)
+            on.discard(name)
+    inject.detach(parts)
+    for key, part in parts.items():
+        assert [n for n, _ in part.named_modules()] == names[key]
+        for n, p in part.named_parameters():
+            assert p is weights[key, n] and torch.equal(p, before[key, n])
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}, {"up_bias": True}])
+def test_a_half_precision_unet_trains_under_autocast(unet, unet_inputs, options):
+    unet.bfloat16()
+    layers = inject.attach(unet, choose(unet, "full"), LayerOptions(**options))
+    latents, timesteps, captions = unet_inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        out = unet(latents.bfloat16(), timesteps, captions.bfloat16()).sample
+    out.float().square().mean().backward()
+    assert out.dtype == torch.bfloat16
+    for layer in layers.values():
+        assert layer.lora_up.weight.grad.dtype == torch.float32
+        assert layer.lora_up.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}, {"up_bias": True}])
+def test_an_adapter_is_planned_on_a_model_without_weights(unet, options):
+    with torch.device("meta"):
+        empty = make_unet()
+    assert inject.layer_shapes(empty) == inject.layer_shapes(unet)
+    layers = inject.attach(empty, choose(empty, "full"), LayerOptions(**options))
+    assert all(weight.is_meta for weight in empty.parameters())
+    real = inject.attach(unet, choose(unet, "full"), LayerOptions(**options))
+    count = {n: sum(p.numel() for p in layer.parameters()) for n, layer in layers.items()}
+    assert count == {n: sum(p.numel() for p in layer.parameters()) for n, layer in real.items()}
 
 
 def test_loading_tells_every_difference_at_once(unet):
