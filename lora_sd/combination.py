@@ -24,7 +24,7 @@ from lora_sd.low_rank import (
     TruncationError,
     from_delta,
     kind_of,
-    singular_values,
+    svd,
     truncated,
 )
 from lora_sd.parts import Scales
@@ -81,11 +81,13 @@ def combine(
         if _needs_base(parts):
             assert read_base is not None  # _check_dora has seen to it
             layer, values = _dense_sum(parts, read_base(name), alphas[kind], rank_of)
+            error.add(kind, values, layer.rank)
         else:
             layer = side_by_side(parts, alphas[kind])
-            values = singular_values(layer)
-            layer = truncated(layer, rank_of(values))
-        error.add(kind, values, layer.rank)
+            if not limit.is_none or layer.rank > min(layer.down[0].numel(), len(layer.up)):
+                known = svd(layer)
+                layer = truncated(layer, rank_of(known.values), known)
+                error.add(kind, known.values, layer.rank)
         result[name] = layer
     return Adapter(result, combined_metadata(ingredients)), error
 

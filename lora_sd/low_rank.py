@@ -11,6 +11,7 @@ are set. A token table's update counts transposed, which leaves its singular val
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -42,6 +43,23 @@ def singular_values(layer: LoRAWeights) -> Tensor:
     up, down = matrices(layer)
     core = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T
     return layer.scaling * torch.linalg.svdvals(core)
+
+
+class Svd(NamedTuple):
+    """left (out, n), values (n,), right (n, in) in float64, whose product is a layer's update."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+
+def svd(layer: LoRAWeights) -> Svd:
+    """Singular value decomposition of the update at scale 1; n is min(rank, out, in)."""
+    up, down = matrices(layer)
+    up_base, up_rest = torch.linalg.qr(up)
+    down_base, down_rest = torch.linalg.qr(down.T)
+    left, values, right = torch.linalg.svd(up_rest @ down_rest.T, full_matrices=False)
+    return Svd(up_base @ left, layer.scaling * values, right @ down_base.T)
 
 
 def rank_for_energy(values: Tensor, share: float) -> int:
@@ -83,30 +101,30 @@ class RankLimit:
         return self == RankLimit()
 
 
-def truncated(layer: LoRAWeights, rank: int) -> LoRAWeights:
+def truncated(layer: LoRAWeights, rank: int, known: Svd | None = None) -> LoRAWeights:
     """The layer's best approximation of at most `rank`, in float32; one that has no more is
     returned as it is, and so is a grouped convolution, whose factors cannot be mixed.
 
     alpha stays the number it was; the factors make up for the changed alpha / rank, and so does
     `up_bias`. A magnitude is kept.
+
+    Args:
+        known: `svd(layer)`, where it is known already.
     """
     if rank >= layer.rank or layer.up.shape[1] != layer.rank:
         return layer
-    up, down = matrices(layer)
-    up_base, up_rest = torch.linalg.qr(up)
-    down_base, down_rest = torch.linalg.qr(down.T)
-    left, values, right = torch.linalg.svd(up_rest @ down_rest.T)
+    left, values, right = known or svd(layer)
     rank = min(rank, len(values))
+    scaling = layer.alpha / rank
     # Both factors carry the root of the singular values, so that neither is small in float16.
-    root = (values[:rank] * layer.scaling / (layer.alpha / rank)).sqrt()
-    new_up = (up_base @ left[:, :rank]) * root
-    new_down = root[:, None] * (right[:rank] @ down_base.T)
+    root = (values[:rank] / scaling).sqrt()
+    up, down = left[:, :rank] * root, root[:, None] * right[:rank]
     bias = layer.up_bias
     return replace(
         layer,
-        up=new_up.float().reshape(layer.up.shape[0], rank, *layer.up.shape[2:]),
-        down=new_down.float().reshape(rank, *layer.down.shape[1:]),
-        up_bias=None if bias is None else bias.float() * (layer.scaling / (layer.alpha / rank)),
+        up=up.float().reshape(layer.up.shape[0], rank, *layer.up.shape[2:]),
+        down=down.float().reshape(rank, *layer.down.shape[1:]),
+        up_bias=None if bias is None else bias.float() * (layer.scaling / scaling),
     )
 
 

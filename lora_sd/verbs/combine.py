@@ -114,7 +114,7 @@ def combine(
     chosen = getattr(torch, dtype) if dtype else own
     format = "kohya" if any(source.format == "kohya" for source in found) else "diffusers"
     notices = [note for source in found for note in source.notes]
-    notices += write_result(adapter, output, chosen, format)
+    notices += write_result(adapter, output, chosen, format, found[0].family)
     return Combined(adapter, error, limit.is_none, notices)
 
 

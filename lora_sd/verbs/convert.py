@@ -65,8 +65,9 @@ def convert(
         AdapterError: the source cannot be read, or the format cannot hold it.
         UserError: the output exists, or cannot be written.
     """
+    from lora_sd.adapter import Adapter
     from lora_sd.formats import fitting_format, save_adapter
-    from lora_sd.verbs.source import read_source
+    from lora_sd.verbs.source import named_for, read_source
 
     check_output(output, overwrite)
     if format is None and dtype is None:
@@ -84,6 +85,7 @@ def convert(
     if found.dtype.itemsize > chosen.itemsize:
         name = str(chosen).removeprefix("torch.")
         notices += [f"numbers were rounded to {name}"]
+    adapter = Adapter(adapter.layers, named_for(adapter.metadata, found.family))
     notices += save_adapter(adapter, output, chosen, wanted, exact)
     if wanted == "diffusers":
         notices += [ONLY_DIFFUSERS]

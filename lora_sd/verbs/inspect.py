@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,16 +214,31 @@ def _aligned(rows: Sequence[Sequence[str]], sums: Sequence[Sequence[str]]) -> It
     yield from map(line, sums)
 
 
-def metadata_lines(metadata: dict[str, str]) -> Iterable[str]:
+def metadata_lines(metadata: dict[str, str]) -> Iterator[str]:
     """'key  value' for each entry, long ones cut, without characters that drive a terminal."""
     if not metadata:
         yield "(none)"
     width = max(map(len, metadata), default=0)
     for key, value in sorted(metadata.items()):
-        shown = "".join(c if c.isprintable() else " " for c in value)
+        readable = _tags(value) if key == "ss_tag_frequency" else value
+        shown = _printable(readable)
         if len(shown) > WIDEST_VALUE:
             shown = f"{shown[:WIDEST_VALUE].rstrip()} ... ({len(value):,} characters)"
-        yield f"{''.join(c for c in key if c.isprintable()):{width}}  {shown}"
+        yield f"{_printable(key):{width}}  {shown}"
+
+
+def _tags(value: str) -> str:
+    """'24 x ink drawing, 10 x white background' of kohya's {folder: {tag: count}}."""
+    try:
+        counts = [entry for tags in json.loads(value).values() for entry in tags.items()]
+        ordered = sorted(counts, key=lambda entry: -int(entry[1]))
+    except (ValueError, TypeError, AttributeError):
+        return value
+    return ", ".join(f"{count} x {tag}" for tag, count in ordered)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _summary(found: Inspection) -> str:

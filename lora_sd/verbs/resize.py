@@ -96,7 +96,7 @@ def resize(
     if size_bytes is not None:
         return _to_size(found, output, limit, values, size_bytes, chosen)
     adapter, error = resized(found.adapter, limit, values, partial(progress, what="resizing"))
-    notices = found.notes + write_result(adapter, output, chosen, found.format)
+    notices = found.notes + write_result(adapter, output, chosen, found.format, found.family)
     return Resized(adapter, error, notices)
 
 
@@ -128,7 +128,7 @@ def _to_size(
             adapter, error = resized(
                 found.adapter, tried, values, partial(progress, what="resizing")
             )
-            notices = found.notes + write_result(adapter, staged, dtype, found.format)
+            notices = found.notes + write_result(adapter, staged, dtype, found.format, found.family)
             ranks = {name: layer.rank for name, layer in adapter.layers.items()}
             written = staged.stat().st_size
             if written <= size_bytes:

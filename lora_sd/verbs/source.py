@@ -76,13 +76,32 @@ def format_of(path: Path) -> str:
     return "kohya" if any(name.startswith(("lora_", "lycoris_")) for name in names) else "diffusers"
 
 
-def write_result(adapter: "Adapter", path: Path, dtype: "torch.dtype", format: str) -> list[str]:
+def named_for(metadata: dict[str, str], family: str) -> dict[str, str]:
+    """The metadata, saying also which family it is for where it did not: A1111 hides adapters that
+    it takes for another family's."""
+    from lora_sd.base_metadata import ARCHITECTURES, VERSIONS
+
+    if "ss_base_model_version" in metadata or family not in VERSIONS:
+        return metadata
+    version = VERSIONS[family]
+    return {
+        "modelspec.architecture": f"{ARCHITECTURES[version]}/lora",
+        "ss_v2": str(family == "sd21"),
+        **metadata,
+        "ss_base_model_version": version,
+    }
+
+
+def write_result(
+    adapter: "Adapter", path: Path, dtype: "torch.dtype", format: str, family: str
+) -> list[str]:
     """Write what a verb made of adapters, in that format or in one that holds all of it; notices
     for the user. The name in A1111's list becomes the file's own."""
+    from lora_sd.adapter import Adapter
     from lora_sd.formats import save_adapter
 
-    adapter.metadata["ss_output_name"] = path.stem
-    return save_adapter(adapter, path, dtype, format)
+    metadata = {**named_for(adapter.metadata, family), "ss_output_name": path.stem}
+    return save_adapter(Adapter(adapter.layers, metadata), path, dtype, format)
 
 
 def size_in_mb(path: Path) -> str:
