@@ -176,6 +176,13 @@ def test_spellings_of_text_encoders(case: str) -> None:
     )
 
 
+def test_invokeai_wants_numbered_text_encoders_in_sdxl() -> None:
+    tensors = renamed(tensors_of("sdxl"), lambda key: key.replace("lora_te1_", "lora_te_"))
+    fatal = reports_of(tensors, "sdxl")["invoke"].fatal
+    assert "InvokeAI takes the file for sd15" in fatal[0]
+    assert "unrecognised SDXL key prefix lora_te_" in fatal[1]
+
+
 def test_sdxl_in_diffusers_names() -> None:
     tensors = renamed(tensors_of("sdxl"), in_diffusers_names)
     reports = reports_of(tensors, "sdxl")
