@@ -15,17 +15,6 @@ TITLES = {
 }
 """The clients, and what people call them."""
 
-SAYS = {
-    "comfy": "a log line 'lora key not loaded' for each key, 'ERROR lora' for a wrong shape",
-    "forge": "a line with the unmatched keys; over 12: 'LoRA version mismatch', unused",
-    "a1111": "nothing about unmatched keys; wrong shapes as 'Networks with errors' below the image",
-    "invoke": "a warning 'Failed to find module for LoRA layer key' for each layer",
-    "diffusers": "an error for foreign keys of a kohya file, a warning for those of its own format",
-    "kohya": "unexpected keys in the load info",
-    "lycoris": "nothing: unknown layers are skipped",
-}
-"""What a user sees there when something is not used."""
-
 
 @dataclass
 class ClientReport:
