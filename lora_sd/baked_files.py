@@ -57,7 +57,7 @@ class Recipe:
         layer, _, part = name.rpartition(".")
         merged = base
         if layer in self.updates and part in ("weight", "bias"):
-            merged = base.float().clone()
+            merged = base.to(torch.float32, copy=True)
             for weights, scale in self.updates[layer]:
                 if part == "weight":
                     weights.add_to(merged, scale, base)

@@ -74,7 +74,7 @@ def extract(
             found.unchanged.append(name)
             continue
         kind = kind_of(name, delta.shape)
-        alpha = float(limit.capped(kind, rank if kind != "conv" else conv_rank or rank))
+        alpha = float(conv_rank or rank) if kind == "conv" else float(rank)
         layer, values = from_delta(delta, alpha, partial(limit.of, kind))
         found.adapter.layers[name] = layer
         found.error.add(kind, values, layer.rank)

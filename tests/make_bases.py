@@ -18,7 +18,8 @@ from torch import Size, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_sd.adapter import Adapter
-from lora_sd.base_files import BaseFiles
+from lora_sd.base_files import WEIGHTS, BaseFiles
+from lora_sd.formats.tensor_stream import write_tensor_file
 
 CONFIGS = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
 KINDS = ("sd1", "sd2", "sdxl")
@@ -91,6 +92,39 @@ def _text(tokenizer: Any, hidden_act: str, **changes: Any) -> CLIPTextConfig:
         "pad_token_id": tokenizer.pad_token_id,
     }
     return CLIPTextConfig(**{**options, **changes})
+
+
+def make_published(family: str, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """A model of a published size with random weights, as a diffusers folder."""
+    shapes = published_shapes(family)
+    noise = torch.Generator().manual_seed(0)
+    classes: dict[str, list[str]] = {}
+    for component, config in CONFIGS[family].items():
+        (folder / component).mkdir(parents=True)
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        (folder / component / name).write_text(json.dumps(config))
+        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **LATER}
+        if component == "scheduler":
+            classes[component] = ["diffusers", config["_class_name"]]
+            continue
+        library = "transformers" if component in LATER else "diffusers"
+        classes[component] = [library, kinds[component].__name__]
+        own = {n.partition(".")[2]: s for n, s in shapes.items() if n.startswith(f"{component}.")}
+        write_tensor_file(
+            folder / component / f"{WEIGHTS[component]}.safetensors",
+            {key: (dtype, shape) for key, shape in own.items()},
+            lambda key, own=own: (torch.randn(own[key], generator=noise) / 50).to(dtype),
+            {},
+        )
+    make_tokenizer(folder / "tokenizer")
+    classes["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    if family == "sdxl":
+        make_tokenizer(folder / "tokenizer_2")
+        classes["tokenizer_2"] = classes["tokenizer"]
+    pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    index = {"_class_name": pipeline, **classes}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def published_shapes(family: str) -> dict[str, Size]:
