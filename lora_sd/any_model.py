@@ -234,7 +234,6 @@ def load_lora_state_dict(
         raise AdapterError(problems)
     for path, weights in fitting.items():
         layers[path].load(weights)
-        layers[path].set_scale(layers[path].scale)  # a merged weight follows
     return problems
 
 
@@ -258,14 +257,14 @@ def _choose(model: nn.Module, config: LoraConfig) -> list[str]:
     problems: list[str] = []
     chosen: set[str] = set()
     for pattern in config.target_modules:
-        if wrong := inject._invalid(pattern):
+        if wrong := inject.invalid_pattern(pattern):
             problems.append(wrong)
         elif taken := _matching(pattern, adapted):
             problems.append(f"'{pattern}' names layers adapted already: {shown_list(taken)}.")
         elif named := _matching(pattern, layers):
             chosen.update(named)
         else:
-            near = inject._nearest_layer(pattern, layers)
+            near = inject.nearest_layers(pattern, layers)
             problems.append(f"'target_modules': no layer matches '{pattern}'.{near}")
     problems += _rank_problems(config.r, {path: layers[path] for path in chosen})
     if problems:
@@ -282,7 +281,8 @@ def _rank_problems(rank: int, layers: Mapping[str, Adaptable]) -> list[str]:
     """A sentence for each layer that cannot have a rank."""
     problems = []
     for path, layer in layers.items():
-        limit, groups = rank_limit(layer.weight.shape), getattr(layer, "groups", 1)
+        groups = getattr(layer, "groups", 1)
+        limit = rank_limit(layer.weight.shape, groups)
         if rank > limit:
             problems.append(f"'r' is {rank}, but layer '{path}' allows at most {limit}.")
         elif rank % groups:

@@ -13,9 +13,8 @@ behind the component:
 
 import fnmatch
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,14 +25,15 @@ from lora_sd.adapter import Adapter
 from lora_sd.errors import AdapterError, ConfigError, shown_list
 from lora_sd.layers import (
     GIVEN,
-    KINDS,
     Adaptable,
     LayerOptions,
     LoRALayer,
     innermost,
     rank_limit,
+    wrapper_of,
 )
 from lora_sd.parts import TEXT_ENCODERS, Scales, block_of, component_of, is_conv
+from lora_sd.randomness import generator
 
 Model = nn.Module | Mapping[str, nn.Module]
 
@@ -73,7 +73,8 @@ class LayerPlan:
         """How many numbers its part of a file holds, without alpha."""
         outputs, inputs = self.weight_shape[0], self.weight_shape[1:].numel()
         ranks = 2 * self.rank if options.init == "pissa" else self.rank
-        return ranks * (inputs + outputs) + outputs * (options.dora + options.up_bias)
+        extra = 0 if self.name.endswith(TOKENS) else options.dora + options.up_bias
+        return ranks * (inputs + outputs) + outputs * extra
 
 
 def components_of(model: Model) -> dict[str, nn.Module]:
@@ -131,10 +132,10 @@ def choose_layers(
     rules = [rule for text in ranks if (rule := _rank_rule(text, problems))]
 
     def usable(setting: str, pattern: str, names: Iterable[str]) -> bool:
-        wrong = _invalid(pattern)
+        wrong = invalid_pattern(pattern)
         if not wrong and not any(_is_meant(pattern, name, shapes[name]) for name in names):
             wrong = f"'adapter.{setting}': no layer matches '{pattern}'."
-            wrong += _nearest_layer(pattern, shapes)
+            wrong += nearest_layers(pattern, shapes)
         if wrong:
             problems.append(wrong)
         return not wrong
@@ -195,12 +196,15 @@ def attach(
     """Wrap the planned layers, freeze everything else; the new layers by full name.
 
     Each layer's start depends on the seed and its own name alone, so that choosing other layers
-    beside it changes nothing. Layers of another adapter's are wrapped once more.
+    beside it changes nothing. Layers of another adapter's are wrapped once more. A token table has
+    neither up-bias nor DoRA.
 
     Raises:
         ValueError: a layer is adapted already under that adapter's name.
     """
     places = dict(_walk(model))
+    options = options or LayerOptions()
+    tokens = replace(options, up_bias=False, dora=False)
     for module in components_of(model).values():
         module.requires_grad_(False)
     attached: dict[str, LoRALayer] = {}
@@ -208,13 +212,12 @@ def attach(
         base, (root, path) = places[plan.name]
         if any(layer.adapter_name == adapter_name for layer in _chain(base)):
             raise ValueError(f"layer '{plan.name}' is adapted already")
-        start = seed * 2**32 + zlib.crc32(plan.name.removeprefix("unet.").encode())
-        layer = KINDS[type(innermost(base))](
+        layer = wrapper_of(base)(
             base,  # type: ignore[arg-type]
             plan.rank,
             plan.alpha,
-            **asdict(options or LayerOptions()),
-            generator=torch.Generator().manual_seed(start),
+            **asdict(tokens if plan.name.endswith(TOKENS) else options),
+            generator=generator(seed, "start", plan.name),
         )
         layer.adapter_name = adapter_name
         root.set_submodule(path, layer)
@@ -444,7 +447,7 @@ def _kind(name: str) -> str:
     return re.sub(r"s\.\d+\.(?=conv|time|\d)", "s.", re.sub(blocks, "", path))
 
 
-def _invalid(pattern: str) -> str:
+def invalid_pattern(pattern: str) -> str:
     """The sentence about a pattern that is no valid regular expression; '' when it is fine."""
     if pattern.startswith("re:"):
         try:
@@ -454,7 +457,7 @@ def _invalid(pattern: str) -> str:
     return ""
 
 
-def _nearest_layer(pattern: str, layers: Iterable[str]) -> str:
+def nearest_layers(pattern: str, layers: Iterable[str]) -> str:
     """' Did you mean ...?' with the nearest path endings of as many parts as the pattern has."""
     if pattern.startswith("block:"):
         blocks = dict.fromkeys(block_of(name) for name in layers)

@@ -115,7 +115,7 @@ class LoRALayer(nn.Module):
     ) -> None:
         super().__init__()
         if rank and init != GIVEN:
-            check_rank(innermost(base).weight.shape, rank)
+            check_rank(innermost(base), rank)
         if dora and up_bias:
             raise ValueError("DoRA has no bias of its own")
         if (dora or up_bias) and isinstance(innermost(base), nn.Embedding):
@@ -352,7 +352,8 @@ class LoRALayer(nn.Module):
         """
         if different := self.difference(weights):
             raise ValueError(different)
-        mine = self.weights()
+        mine, merged = self.weights(), self._kept is not None
+        self.unmerge()
         self.lora_down.weight.copy_(weights.down[: self.rank])
         self.lora_up.weight.copy_(weights.up[:, : weights.up.shape[1] * self.rank // mine.rank])
         if self.down_start is not None and self.up_start is not None:
@@ -362,6 +363,8 @@ class LoRALayer(nn.Module):
             self.lora_up.bias.copy_(weights.up_bias)
         if weights.magnitude is not None and self.magnitude is not None:
             self.magnitude.copy_(weights.magnitude)
+        if merged:
+            self.merge()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -554,15 +557,23 @@ def innermost(layer: nn.Module) -> Any:
     return layer
 
 
-def rank_limit(weight_shape: Size) -> int:
-    """The highest useful rank: the smaller side of the weight seen as (out, in * kernel)."""
-    return min(weight_shape[0], weight_shape[1:].numel())
+def wrapper_of(layer: nn.Module) -> type[LoRALayer]:
+    """The class that adapts a layer, wrapped already or not."""
+    plain = innermost(layer)
+    return next(wrapper for kind, wrapper in KINDS.items() if isinstance(plain, kind))
 
 
-def check_rank(weight_shape: Size, rank: int) -> None:
+def rank_limit(weight_shape: Size, groups: int = 1) -> int:
+    """The highest useful rank: the smaller side of the weight seen as (out, in * kernel), for each
+    group of a grouped convolution."""
+    return groups * min(weight_shape[0] // groups, weight_shape[1:].numel())
+
+
+def check_rank(base: Adaptable, rank: int) -> None:
     """Raises ValueError when `rank` is not between 1 and the layer's limit."""
-    if not 1 <= rank <= rank_limit(weight_shape):
-        raise ValueError(f"rank {rank} is outside 1..{rank_limit(weight_shape)}")
+    limit = rank_limit(base.weight.shape, getattr(base, "groups", 1))
+    if not 1 <= rank <= limit:
+        raise ValueError(f"rank {rank} is outside 1..{limit}")
 
 
 def add_to_bias(layer: Any, delta: Tensor | None, scale: float) -> None:

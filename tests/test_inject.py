@@ -239,6 +239,15 @@ def test_attaching_again_gives_the_same_layers_and_start():
         assert torch.equal(first[name].lora_down.weight, second[name].lora_down.weight)
 
 
+def test_another_seed_gives_another_start(unet):
+    first = inject.attach(unet, choose(unet), seed=0)
+    inject.detach(unet)
+    second = inject.attach(unet, choose(unet), seed=1)
+    assert not any(
+        torch.equal(first[name].lora_down.weight, second[name].lora_down.weight) for name in first
+    )
+
+
 def test_another_choice_or_order_of_layers_does_not_change_a_layer_s_start(unet):
     many = inject.attach(unet, choose(unet))["unet.mid_block.resnets.0.conv1"]
     inject.detach(unet)
