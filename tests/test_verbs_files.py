@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_adapters import random_adapter
+from random_adapters import random_adapter, random_layer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -83,6 +83,17 @@ def test_convert_says_what_is_lost(tmp_path: Path) -> None:
     assert "numbers were rounded to float16" in done.notices
     with pytest.raises(ConfigError, match="--format, --dtype"):
         convert(source, tmp_path / "c.safetensors")
+
+
+def test_a_family_can_be_named_where_the_layers_do_not_tell(tmp_path: Path) -> None:
+    name = "unet.conv_in"  # the same in SD 1.5 and 2.1
+    adapter = Adapter({name: random_layer((320, 4, 3, 3), 2)})
+    source, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_adapter(adapter, source, torch.float32)
+    with pytest.raises(AdapterError, match="fits sd15 and sd21"):
+        convert(source, output, dtype="float16")
+    convert(source, output, dtype="float16", base="sd21")
+    assert metadata_of(output)["ss_v2"] == "True"
 
 
 def test_convert_says_for_which_family_the_file_is(file: Path, tmp_path: Path) -> None:

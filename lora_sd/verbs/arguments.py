@@ -60,8 +60,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def add_base(parser: argparse.ArgumentParser, also_for: str = "") -> None:
     """--base; `also_for` is what it is for besides telling the adapter's layers."""
-    what = "a base model (tiny-sd, a diffusers folder or a .safetensors file)"
-    need = "where the adapter's layers do not tell its family"
+    what = "the base model (tiny-sd, a diffusers folder or a .safetensors file)"
+    need = "where the adapter's layers do not tell its family (sd15, sd21 or sdxl will do then)"
     parser.add_argument("--base", metavar="MODEL", help=f"{what}: {also_for}{need}")
 
 

@@ -56,7 +56,7 @@ def convert(
 
     Args:
         format: 'kohya' or 'diffusers'; None: the source's.
-        base: the base model, where it is of no known family.
+        base: the base model or family, where the adapter's layers do not tell.
         dtype: 'float16', 'bfloat16', 'float32'; None: the source's.
         exact: keep every factor and alpha as it is, though some client may misread the file.
         allow_partial: leave out what cannot be read, or what the format cannot hold.

@@ -72,7 +72,7 @@ def resize(
         energy: share (0..1) of each layer's energy to keep.
         size_bytes: the most that the file may take: the same share of energy in every layer, as
             high as fits.
-        base: the base model, where it is of no known family.
+        base: the base model or family, where the adapter's layers do not tell.
         dtype: 'float16', 'bfloat16', 'float32'; None: the source's.
 
     Raises:

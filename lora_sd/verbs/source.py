@@ -45,8 +45,8 @@ def read_source(path: Path, base: str | None = None, allow_partial: bool = False
     """Read an adapter file.
 
     Args:
-        base: its base model, where the file does not say by its layers which family it is for:
-            'tiny-sd', a diffusers folder or a .safetensors file.
+        base: its base model or family, where the file's layers do not tell: 'tiny-sd', 'sd15',
+            'sd21', 'sdxl', a diffusers folder or a .safetensors file.
 
     Raises:
         AdapterError: it is damaged, does not fit the base, or belongs to no family that is known.
@@ -56,10 +56,12 @@ def read_source(path: Path, base: str | None = None, allow_partial: bool = False
 
     from lora_sd.base_files import open_base
     from lora_sd.formats import load_adapter
-    from lora_sd.formats.families import load_any
+    from lora_sd.formats.families import FAMILIES, layer_shapes, load_any
 
     if base is None:
         adapter, family = load_any(path, allow_partial)
+    elif base in FAMILIES:
+        adapter, family = load_adapter(path, layer_shapes(base), allow_partial), base
     else:
         files = open_base(base)
         adapter, family = load_adapter(path, files.shapes, allow_partial), files.family or "custom"

@@ -33,10 +33,13 @@ def verify(path: Path, base: str | None = None) -> "tuple[str, Report]":
 
     from lora_sd.base_files import open_base
     from lora_sd.base_model import load_base_model
-    from lora_sd.formats.families import detect_family
+    from lora_sd.formats.families import FAMILIES, detect_family
     from lora_sd.verify import check_file
 
-    family = open_base(base).family if base else detect_family(path)
+    if base is None:
+        family = detect_family(path)
+    else:
+        family = base if base in FAMILIES else open_base(base).family
     if family in ("tiny-sd", ""):
         name = base or family
         model = load_base_model(name, torch.device("cpu"), torch.float32)
