@@ -66,7 +66,7 @@ class Recipe:
         result = merged.to(self.written_dtype(name))
         if merged is not base and not torch.isfinite(result).all():
             raise AdapterError(
-                f"'{name}' holds values that {result.dtype} cannot: its largest would be "
+                f"'{name}' would hold values that {str(result.dtype)[6:]} cannot, up to "
                 f"{merged.abs().max():.3g}. Choose a lower scale, or the dtype bfloat16 or float32."
             )
         return result

@@ -137,7 +137,7 @@ def test_an_up_bias_without_a_bias_is_refused(model_folder):
 def test_values_too_large_for_the_dtype_are_refused_and_nothing_is_left(model_folder, tmp_path):
     base = open_base(str(model_folder))
     adapters = [(random_adapter(base.shapes), Scales(1e7))]
-    with pytest.raises(AdapterError, match="torch.float16 cannot"):
+    with pytest.raises(AdapterError, match="float16 cannot"):
         bake_both(model_folder, tmp_path, adapters, torch.float16)
     assert list(tmp_path.iterdir()) == []
 
