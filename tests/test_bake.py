@@ -271,3 +271,11 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["bake", "tiny-sd", f"{tmp_path}/cat.safetensors=0.5", "-o", str(output)]) == 0
     said = capsys.readouterr().out
     assert f"1 adapter in {len(adapter.layers)} layers" in said and "MB" in said
+
+
+def test_a_base_too_large_for_the_dtype_is_refused(model_folder, tmp_path):
+    large = shutil.copytree(model_folder, tmp_path / "large")
+    weights = large / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: tensor * 1e8 for key, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(AdapterError, match="'vae.* float16 cannot"):
+        bake(str(large), [], tmp_path / "x", dtype="float16")
