@@ -64,7 +64,9 @@ class Recipe:
                 elif (delta := weights.bias_delta()) is not None:
                     merged += scale * delta
         result = merged.to(self.written_dtype(name))
-        if result is not base and not torch.isfinite(result).all():
+        # torch cannot ask 8-bit floats themselves.
+        numbers = result.float() if result.dtype.itemsize == 1 else result
+        if result is not base and not torch.isfinite(numbers).all():
             raise AdapterError(
                 f"'{name}' would hold values that {str(result.dtype)[6:]} cannot, up to "
                 f"{merged.abs().max():.3g}. Choose a lower scale, or the dtype bfloat16 or float32."

@@ -279,3 +279,16 @@ def test_a_base_too_large_for_the_dtype_is_refused(model_folder, tmp_path):
     save_file({key: tensor * 1e8 for key, tensor in load_file(weights).items()}, weights)
     with pytest.raises(AdapterError, match="'vae.* float16 cannot"):
         bake(str(large), [], tmp_path / "x", dtype="float16")
+
+
+def test_a_base_of_eight_bit_numbers_stays_so(model_folder, tmp_path):
+    small = shutil.copytree(model_folder, tmp_path / "small")
+    weights = small / "unet" / "diffusion_pytorch_model.safetensors"
+    eight = torch.float8_e4m3fn
+    save_file({key: tensor.to(eight) for key, tensor in load_file(weights).items()}, weights)
+    base = open_base(str(small))
+    adapter = random_adapter(base.shapes)
+    baked, _ = bake_both(small, tmp_path, [(adapter, Scales())])
+    name = "unet.conv_in"
+    expected = (base.read(name).float() + adapter.layers[name].delta()).to(eight)
+    assert torch.equal(baked.read(name).view(torch.uint8), expected.view(torch.uint8))
