@@ -20,9 +20,10 @@ from typing import Any
 from PIL import Image
 
 from lora_sd import __version__
-from lora_sd.base_model import EMBEDDED, BaseModel
+from lora_sd.base_model import BaseModel
 from lora_sd.config import Config
 from lora_sd.errors import ConfigError
+from lora_sd.formats.layer_tables import EMBEDDED
 from lora_sd.formats.safetensors_file import read_header
 from lora_sd.run_folder import RunFolder
 

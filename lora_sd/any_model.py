@@ -23,7 +23,7 @@ as `nn.MultiheadAttention` does with its own. A layer used in several places is 
     'encoder.*'           a glob over the whole path
     're:.*\\.(fc1|fc2)'    a regular expression over the whole path
 
-For Stable Diffusion with its presets use `inject.choose_layers`; for its files use `formats`.
+For Stable Diffusion with its presets use `layer_choice.choose_layers`; for its files use `formats`.
 """
 
 from collections import Counter
@@ -34,10 +34,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_sd import inject
+from lora_sd import inject, layer_choice
 from lora_sd.adapter import LoRAWeights
 from lora_sd.errors import AdapterError, ConfigError, shown_list
-from lora_sd.inject import LayerPlan
+from lora_sd.layer_choice import LayerPlan
 from lora_sd.layers import KINDS, Adaptable, LayerOptions, LinearLoRA, LoRALayer, rank_limit
 
 
@@ -257,14 +257,14 @@ def _choose(model: nn.Module, config: LoraConfig) -> list[str]:
     problems: list[str] = []
     chosen: set[str] = set()
     for pattern in config.target_modules:
-        if wrong := inject.invalid_pattern(pattern):
+        if wrong := layer_choice.invalid_pattern(pattern):
             problems.append(wrong)
         elif taken := _matching(pattern, adapted):
             problems.append(f"'{pattern}' names layers adapted already: {shown_list(taken)}.")
         elif named := _matching(pattern, layers):
             chosen.update(named)
         else:
-            near = inject.nearest_layers(pattern, layers)
+            near = layer_choice.nearest_layers(pattern, layers)
             problems.append(f"'target_modules': no layer matches '{pattern}'.{near}")
     problems += _rank_problems(config.r, {path: layers[path] for path in chosen})
     if problems:
@@ -274,7 +274,7 @@ def _choose(model: nn.Module, config: LoraConfig) -> list[str]:
 
 def _matching(pattern: str, paths: Mapping[str, nn.Module]) -> list[str]:
     """The paths that a pattern names."""
-    return [path for path in paths if inject.matches(pattern, f"{ROOT}.{path}")]
+    return [path for path in paths if layer_choice.matches(pattern, f"{ROOT}.{path}")]
 
 
 def _rank_problems(rank: int, layers: Mapping[str, Adaptable]) -> list[str]:

@@ -21,10 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from lora_sd import inject
 from lora_sd.errors import BaseModelError, ConfigError, shown_list
-from lora_sd.formats.layer_tables import FAMILIES, layer_shapes
+from lora_sd.formats.layer_tables import EMBEDDED, FAMILIES, layer_shapes
 
 PROJECT = Path(__file__).resolve().parent.parent
-EMBEDDED = {"tiny-sd": PROJECT / "assets" / "tiny-sd"}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -71,7 +70,7 @@ class BaseModel:
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.unet.enable_gradient_checkpointing()
-        self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        self.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 
     @property
     def prediction_type(self) -> str:

@@ -113,7 +113,7 @@ class AdapterGroup(Group):
     not read it."""
 
     def layer_choice(self) -> dict[str, Any]:
-        """Which layers, as `inject.choose_layers` takes it."""
+        """Which layers, as `layer_choice.choose_layers` takes it."""
         return self.model_dump(exclude={"text_encoder", *LAYER_OPTIONS})
 
     def layer_options(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from lora_sd import adapter_metadata, checkpoint, clients, inject, loss
+from lora_sd import adapter_metadata, checkpoint, clients, inject, layer_choice, loss
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
 from lora_sd.config import Config
@@ -79,7 +79,9 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         with problems.gathered():
             base.check_size(resolution)
         adapted = base.components if config.adapter.text_encoder else {"unet": base.unet}
-        plans = inject.choose_layers(inject.layer_shapes(adapted), **config.adapter.layer_choice())
+        plans = layer_choice.choose_layers(
+            inject.layer_shapes(adapted), **config.adapter.layer_choice()
+        )
     problems.tell()
     identity = checkpoint.Identity(config.model_dump(), folder.fingerprint, base.fingerprint())
     layers = inject.attach(base.components, plans, layer_options, options.seed)
@@ -132,7 +134,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         # --- what stays the same while training: latents, text embeddings, the noise schedule ---
         log.info("Run folder: %s", run.path)
         log.info("Adapted layers (preset '%s'):", config.adapter.preset)
-        log.info("%s", inject.describe(plans, layer_options))
+        log.info("%s", layer_choice.describe(plans, layer_options))
         record.state("starting", "encoding the pictures", step)
         cache, notices = encode(base, folder.examples, beat, as_tokens=trains_text)
         ignored = clients.ignored_layers(layers, base.family, file_format, layer_options.up_bias)

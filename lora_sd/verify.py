@@ -8,12 +8,12 @@ from torch import Size
 
 from lora_sd import clients, inject
 from lora_sd.adapter import Adapter
+from lora_sd.algebra.comparison import SAME_UPDATE, Comparison, compare, largest_absolute_error
 from lora_sd.clients.metadata import metadata_notes
 from lora_sd.clients.outline import read_outline
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.sentences import layer_of_keys, sentences
 from lora_sd.clients.tables import TABLES
-from lora_sd.comparison import SAME_UPDATE, Comparison, compare, largest_absolute_error
 from lora_sd.errors import AdapterError, shown_list
 from lora_sd.formats.layer_tables import FAMILIES, layer_shapes
 from lora_sd.formats.reading import NOTE, load_adapter

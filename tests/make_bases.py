@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_sd.adapter import Adapter
 from lora_sd.base_files import WEIGHTS, BaseFiles
-from lora_sd.formats.tensor_stream import write_tensor_file
+from lora_sd.base_files.tensor_stream import write_tensor_file
 
 CONFIGS = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
 KINDS = ("sd1", "sd2", "sdxl")
@@ -128,7 +128,7 @@ def make_published(family: str, folder: Path, dtype: torch.dtype = torch.float16
 
 
 def published_shapes(family: str) -> dict[str, Size]:
-    """Every tensor of 'sd15', 'sd21' or 'sdxl', named as in `formats.original`."""
+    """Every tensor of 'sd15', 'sd21' or 'sdxl', named as in `base_files.original`."""
     shapes = {}
     for component, config in CONFIGS[family].items():
         if component == "scheduler":

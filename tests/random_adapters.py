@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lora_sd.adapter import Adapter, LoRAWeights
+from lora_sd.algebra.low_rank import kind_of
 from lora_sd.formats.families import layer_shapes
-from lora_sd.low_rank import kind_of
 
 SHAPES = [(6, 5), (5, 6, 1, 1), (6, 4, 3, 3), (4, 7, 3, 1)]
 """Weights of linear layers and convolutions of several kinds."""

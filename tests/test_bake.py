@@ -9,15 +9,20 @@ from make_adapters import random_adapter, random_layer, token_layer
 from make_bases import KINDS, assert_same_tensors, make_base, tensors_of
 from safetensors.torch import load_file, save_file
 
-from lora_sd import baked_files
 from lora_sd.__main__ import main
 from lora_sd.adapter import Adapter
-from lora_sd.baked_files import Recipe, gather_updates, staged, write_folder, write_single_file
-from lora_sd.base_files import open_base
+from lora_sd.base_files import baking, open_base
+from lora_sd.base_files.baking import (
+    Recipe,
+    gather_updates,
+    staged,
+    write_folder,
+    write_single_file,
+)
+from lora_sd.base_files.tensor_stream import read_header
 from lora_sd.base_model import load_base_model
 from lora_sd.errors import AdapterError, UserError
 from lora_sd.formats import save_adapter
-from lora_sd.formats.tensor_stream import read_header
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.merge import MergedWeights
 from lora_sd.parts import Scales
@@ -247,7 +252,7 @@ def test_a_failure_keeps_the_old_output(model_folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(baked_files, "write_tensor_file", full)
+    monkeypatch.setattr(baking, "write_tensor_file", full)
     with pytest.raises(UserError, match="No space left"):
         bake(str(model_folder), [], tmp_path / "x", overwrite=True)
     monkeypatch.undo()
@@ -256,9 +261,7 @@ def test_a_failure_keeps_the_old_output(model_folder, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_told_before(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        baked_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
-    )
+    monkeypatch.setattr(baking.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(UserError, match="Make room"):
         bake(str(model_folder), [], tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,9 @@ from make_bases import KINDS, assert_same_tensors, make_base, tensors_of
 from safetensors.torch import load_file, save_file
 
 from lora_sd.base_files import BaseFiles, open_base, weight_files
+from lora_sd.base_files.original import to_original
 from lora_sd.base_model import load_base_model
 from lora_sd.errors import BaseModelError
-from lora_sd.formats.original import to_original
 
 
 @pytest.fixture(scope="session", params=KINDS)

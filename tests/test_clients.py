@@ -16,7 +16,7 @@ from lora_sd.clients.sentences import layer_of_keys, sentences
 from lora_sd.clients.stand_in import stand_in_tables
 from lora_sd.formats import diffusers, kohya
 from lora_sd.formats.layer_tables import layer_shapes
-from lora_sd.inject import choose_layers
+from lora_sd.layer_choice import choose_layers
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 OUTSIDE = {"sd15": 4, "sd21": 4, "sdxl": 6}  # conv_in, conv_out, time and label embeddings

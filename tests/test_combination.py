@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from random_adapters import SHAPES, random_layer, relative_error
 
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.combination import Ingredient, combine
+from lora_sd.algebra.combination import Ingredient, combine
+from lora_sd.algebra.low_rank import RankLimit
 from lora_sd.errors import AdapterError
-from lora_sd.low_rank import RankLimit
 from lora_sd.merge import MergedWeights
 from lora_sd.parts import Scales
 

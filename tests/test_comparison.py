@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.comparison import compare, largest_absolute_error, layer_difference, relative_error
+from lora_sd.algebra.comparison import (
+    compare,
+    largest_absolute_error,
+    layer_difference,
+    relative_error,
+)
 
 
 def layer(rank: int = 4, alpha: float = 2.0) -> LoRAWeights:

@@ -8,10 +8,11 @@ import yaml
 from conftest import PROJECT
 
 from lora_sd import train as trainer
-from lora_sd.base_model import EMBEDDED, load_base_model
+from lora_sd.base_model import load_base_model
 from lora_sd.config import config_from_values
 from lora_sd.data.folder import read_folder
 from lora_sd.formats import load_adapter
+from lora_sd.formats.layer_tables import EMBEDDED
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.inject import layer_shapes
 from lora_sd.run_folder import RunFolder

@@ -11,9 +11,9 @@ from test_bake import bake_both
 
 from lora_sd.__main__ import main
 from lora_sd.adapter import Adapter
+from lora_sd.algebra.extraction import extract
 from lora_sd.base_files import open_base
 from lora_sd.errors import AdapterError, BaseModelError, ConfigError
-from lora_sd.extraction import extract
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.parts import Scales
 from lora_sd.verbs.bake import bake

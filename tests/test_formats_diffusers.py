@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_sd import inject
+from lora_sd import inject, layer_choice
 from lora_sd.adapter import Adapter
 from lora_sd.errors import AdapterError
 from lora_sd.formats import load_adapter, save_adapter
@@ -86,7 +86,7 @@ def assert_diffusers_has(adapter: Adapter, models) -> None:
 
 
 def preset(name: str, shapes) -> Adapter:
-    plans = inject.choose_layers(shapes, name, rank=2, alpha=1, conv_rank=3, conv_alpha=2)
+    plans = layer_choice.choose_layers(shapes, name, rank=2, alpha=1, conv_rank=3, conv_alpha=2)
     adapter = random_adapter({plan.name: shapes[plan.name] for plan in plans})
     ranks = {plan.name: (plan.rank, plan.alpha) for plan in plans}
     return Adapter({n: random_layer(shapes[n], *ranks[n]) for n in adapter.layers})

@@ -7,7 +7,7 @@ import torch
 from conftest import choose, make_parts, make_unet, randomise
 from torch import nn
 
-from lora_sd import inject
+from lora_sd import inject, layer_choice
 from lora_sd.errors import AdapterError, ConfigError
 from lora_sd.layers import ConvLoRA, EmbeddingLoRA, LayerOptions
 from lora_sd.parts import Scales
@@ -51,7 +51,9 @@ def test_patterns_add_and_remove_layers(unet):
 
 
 def test_a_suffix_matches_at_a_dot_only():
-    assert inject.matches("to_q", "attn1.to_q") and not inject.matches("to_q", "attn1.not_to_q")
+    assert layer_choice.matches("to_q", "attn1.to_q") and not layer_choice.matches(
+        "to_q", "attn1.not_to_q"
+    )
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest(unet):
@@ -74,7 +76,7 @@ def test_a_rank_above_the_limit_is_clamped_when_asked_and_shown(unet):
     plans = choose(unet, "full", conv_rank=64, conv_alpha=32, clamp_ranks=True)
     conv_out = next(plan for plan in plans if plan.name == "unet.conv_out")
     assert (conv_out.rank, conv_out.alpha) == (4, 2)
-    assert "1 x conv_out                 rank 4    alpha 2" in inject.describe(plans)
+    assert "1 x conv_out                 rank 4    alpha 2" in layer_choice.describe(plans)
 
 
 def test_everything_excluded_is_an_error(unet):
@@ -158,7 +160,7 @@ def test_layers_of_text_encoders_are_called_text_model_whatever_transformers_say
     assert all(".text_model." in name or name.endswith("text_projection") for name in names)
 
 
-@pytest.mark.parametrize("preset", list(inject.PRESETS))
+@pytest.mark.parametrize("preset", list(layer_choice.PRESETS))
 def test_text_encoders_train_all_of_an_attention_and_no_token_table(preset):
     plans = [p for p in choose(make_parts(), preset) if not p.name.startswith("unet.")]
     endings = {plan.name.split(".")[-1] for plan in plans}
@@ -190,7 +192,7 @@ def test_injecting_again_and_again_chooses_and_starts_the_same_layers():
         inject.detach(parts)
 
 
-@pytest.mark.parametrize("preset", list(inject.PRESETS))
+@pytest.mark.parametrize("preset", list(layer_choice.PRESETS))
 def test_a_fresh_adapter_changes_nothing_to_the_last_bit(unet, unet_inputs, preset):
     before = unet(*unet_inputs).sample
     inject.attach(unet, choose(unet, preset))
@@ -412,5 +414,5 @@ def test_loading_tells_every_difference_at_once(unet):
 
 
 def test_what_matched_is_described_with_counts_and_size(unet):
-    text = inject.describe(choose(unet))
+    text = layer_choice.describe(choose(unet))
     assert "attn1.to_q" in text and "resnets.conv1" in text and "MB file" in text

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from random_adapters import SHAPES, random_layer, relative_error
 
 from lora_sd.adapter import LoRAWeights
-from lora_sd.low_rank import (
+from lora_sd.algebra.low_rank import (
     RankLimit,
     TruncationError,
     from_delta,

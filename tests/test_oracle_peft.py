@@ -25,7 +25,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from torch import nn
 
-from lora_sd import inject
+from lora_sd import inject, layer_choice
 from lora_sd.adapter import LoRAWeights
 from lora_sd.layers import KINDS, LayerOptions
 
@@ -133,7 +133,7 @@ def test_a_merged_dora_layer_is_peft_s(kind):
     assert_agree(ours.weight, theirs.base_layer.weight, 1e-6, "merged weight")
 
 
-def peft_unet(plans: list[inject.LayerPlan], options: LayerOptions) -> nn.Module:
+def peft_unet(plans: list[layer_choice.LayerPlan], options: LayerOptions) -> nn.Module:
     """The miniature UNet with PEFT's layers at the planned places."""
     unet, paths = make_unet(), {plan.name.removeprefix("unet."): plan for plan in plans}
     unet.add_adapter(

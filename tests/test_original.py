@@ -6,9 +6,9 @@ from diffusers.loaders import single_file_utils as oracle
 from make_bases import CONFIGS, KINDS, make_base, published_shapes
 
 from lora_sd.base_files import open_base
+from lora_sd.base_files.original import Piece, from_original, to_original, unet_folder_names
 from lora_sd.errors import BaseModelError
 from lora_sd.formats.ldm_names import unet_ldm_names
-from lora_sd.formats.original import Piece, from_original, to_original, unet_folder_names
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 KEYS = {"sd15": 1130, "sd21": 1214, "sdxl": 2513}

@@ -7,8 +7,8 @@ import torch
 from random_adapters import random_adapter, random_layer
 
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.spectrum import LayerFacts, by_block, by_kind, layer_facts, span
-from lora_sd.spectrum_plot import draw_plot, log_ticks, round_ticks
+from lora_sd.algebra.spectrum import LayerFacts, by_block, by_kind, layer_facts, span
+from lora_sd.algebra.spectrum_plot import draw_plot, log_ticks, round_ticks
 
 
 def facts_of(*values: float) -> LayerFacts:

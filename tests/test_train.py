@@ -120,9 +120,9 @@ def test_stopping_while_encoding_or_sampling_is_resumable(run_settings, monkeypa
     run_settings["output"]["name"] = "stopped"
     original = getattr(trainer, doing)
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(trainer, doing, interrupted)
     assert trainer.train(config_from_values(run_settings), "run") == EXIT_RESUMABLE

@@ -24,7 +24,8 @@ def test_help_and_range_are_those_of_the_config() -> None:
     component = fields.component("adapter.rank", 8)
     assert component.label == "Rank"
     assert component.info == (
-        "Inner size of the adapter in linear layers and 1x1 convolutions. 1 to 1024."
+        "Inner size of the adapter in linear layers and 1x1 convolutions; 0 leaves them alone. "
+        "0 to 1024."
     )
     assert fields.help_text("train.learning_rate").endswith("Above 0 to 10.")
 

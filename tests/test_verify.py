@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_sd import inject
+from lora_sd import inject, layer_choice
 from lora_sd.adapter import Adapter, LoRAWeights
 from lora_sd.base_model import BaseModel, load_base_model
 from lora_sd.errors import AdapterError
@@ -32,7 +32,7 @@ def adapter_of(family: str, rank: int = 1, preset: str = "attention-conv") -> Ad
             torch.randn(plan.weight_shape[0], rank, *(1 for _ in plan.weight_shape[2:])),
             rank / 2,
         )
-        for plan in inject.choose_layers(shapes, preset, rank, None, rank, None)
+        for plan in layer_choice.choose_layers(shapes, preset, rank, None, rank, None)
     }
     return Adapter(layers)
 

@@ -15,7 +15,8 @@ from lora_sd.formats.safetensors_file import read_header
 
 FAMILIES = ("tiny-sd", "sd15", "sd21", "sdxl")
 DATA = Path(__file__).with_name("layer_shapes.json")
-TINY_SD = Path(__file__).resolve().parents[2] / "assets" / "tiny-sd"
+EMBEDDED = {"tiny-sd": Path(__file__).resolve().parents[2] / "assets" / "tiny-sd"}
+"""Models that ship with the project, by name."""
 TOKEN_TABLE = "embeddings.token_embedding"
 
 
@@ -33,8 +34,8 @@ def layer_shapes(family: str) -> dict[str, Size]:
 
 
 def _tiny_sd() -> dict[str, Size]:
-    unet = read_header(TINY_SD / "unet" / "diffusion_pytorch_model.safetensors").tensors
-    text = read_header(TINY_SD / "text_encoder" / "model.safetensors").tensors
+    unet = read_header(EMBEDDED["tiny-sd"] / "unet" / "diffusion_pytorch_model.safetensors").tensors
+    text = read_header(EMBEDDED["tiny-sd"] / "text_encoder" / "model.safetensors").tensors
     tensors = {f"unet.{name}": entry for name, entry in unet.items()}
     for name, entry in text.items():
         tensors[f"text_encoder.text_model.{name.removeprefix('text_model.')}"] = entry

@@ -98,7 +98,7 @@ class TrainHandlers:
 
     def layers(self, form: Mapping[str, Any]) -> LayersShown:
         """Which layers the settings choose, from the base's files alone; no model is loaded."""
-        from lora_sd import clients, inject
+        from lora_sd import clients, layer_choice
         from lora_sd.base_files import open_base
         from lora_sd.layers import LayerOptions
 
@@ -110,18 +110,20 @@ class TrainHandlers:
                 for name, shape in base.shapes.items()
                 if config.adapter.text_encoder or name.startswith("unet.")
             }
-            plans = inject.choose_layers(wanted, **config.adapter.layer_choice())
+            plans = layer_choice.choose_layers(wanted, **config.adapter.layer_choice())
         except UserError as error:
             return LayersShown(problems=[fields.in_page_words(one) for one in error.problems])
         options = LayerOptions(**config.adapter.layer_options())
         bytes_per_weight = 4 if config.output.dtype == "float32" else 2
         names = [plan.name for plan in plans]
-        only_diffusers = options.up_bias or any(name.endswith(inject.TOKENS) for name in names)
+        only_diffusers = options.up_bias or any(
+            name.endswith(layer_choice.TOKENS) for name in names
+        )
         file_format = (
             "diffusers" if only_diffusers else config.output.format.replace("auto", "kohya")
         )
         return LayersShown(
-            inject.describe(plans, options, bytes_per_weight),
+            layer_choice.describe(plans, options, bytes_per_weight),
             clients.ignored_layers(names, base.family, file_format, options.up_bias),
         )
 

@@ -71,9 +71,15 @@ def bake(
     """
     import torch
 
-    from lora_sd.baked_files import Recipe, gather_updates, staged, write_folder, write_single_file
     from lora_sd.base_files import open_base
-    from lora_sd.base_metadata import checkpoint_metadata
+    from lora_sd.base_files.baking import (
+        Recipe,
+        gather_updates,
+        staged,
+        write_folder,
+        write_single_file,
+    )
+    from lora_sd.base_files.metadata import checkpoint_metadata
     from lora_sd.formats import load_adapter
 
     files = open_base(base)

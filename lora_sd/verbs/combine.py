@@ -22,7 +22,7 @@ from lora_sd.verbs.arguments import (
 
 if TYPE_CHECKING:
     from lora_sd.adapter import Adapter
-    from lora_sd.low_rank import TruncationError
+    from lora_sd.algebra.low_rank import TruncationError
     from lora_sd.parts import Scales
     from lora_sd.verbs.source import Source
 
@@ -83,11 +83,11 @@ def combine(
     """
     import torch
 
+    from lora_sd.algebra.combination import Ingredient
+    from lora_sd.algebra.combination import combine as combined
+    from lora_sd.algebra.low_rank import RankLimit
     from lora_sd.base_files import open_base
-    from lora_sd.combination import Ingredient
-    from lora_sd.combination import combine as combined
     from lora_sd.errors import Problems
-    from lora_sd.low_rank import RankLimit
     from lora_sd.verbs.source import read_source, write_result
 
     check_output(output, overwrite)
@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_sd.spectrum import span
+    from lora_sd.algebra.spectrum import span
     from lora_sd.verbs.source import size_in_mb
 
     done = combine(

@@ -16,7 +16,7 @@ from lora_sd.verbs.arguments import (
 )
 
 if TYPE_CHECKING:
-    from lora_sd.extraction import Extraction
+    from lora_sd.algebra.extraction import Extraction
 
 DESCRIPTION = """\
 Make an adapter of what a fine-tuned model has more than its base: base plus adapter comes as near
@@ -63,8 +63,8 @@ def extract(
     """
     import torch
 
+    from lora_sd.algebra.extraction import extract as extracted
     from lora_sd.base_files import open_base
-    from lora_sd.extraction import extract as extracted
     from lora_sd.formats import save_adapter
 
     check_output(output, overwrite)
@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_sd.spectrum import span
+    from lora_sd.algebra.spectrum import span
     from lora_sd.verbs.source import size_in_mb
 
     found, notices = extract(

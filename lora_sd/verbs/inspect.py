@@ -11,7 +11,7 @@ from lora_sd import durable
 from lora_sd.verbs.arguments import add_base, check_output, progress
 
 if TYPE_CHECKING:
-    from lora_sd.spectrum import Group, LayerFacts
+    from lora_sd.algebra.spectrum import Group, LayerFacts
 
 DESCRIPTION = """\
 Show what an adapter file holds, summed by block and kind of layer:
@@ -61,8 +61,8 @@ def inspect(path: Path, base: str | None = None) -> Inspection:
         AdapterError: the file is damaged, or belongs to another model than `base`.
         BaseModelError: the base cannot be read.
     """
+    from lora_sd.algebra.spectrum import layer_facts
     from lora_sd.base_files import open_base
-    from lora_sd.spectrum import layer_facts
     from lora_sd.verbs.source import read_source
 
     source = read_source(path, base)
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         check_output(options.plot, options.overwrite, ".png")
     found = inspect(options.file, options.base)
     if options.plot:
-        from lora_sd.spectrum_plot import write_plot
+        from lora_sd.algebra.spectrum_plot import write_plot
 
         title = f"{found.path.name}: {_summary(found)}"
         write_plot(found.facts, title, options.plot)
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
 
 def as_json(found: Inspection) -> dict[str, Any]:
     """Everything, as JSON takes it."""
-    from lora_sd.spectrum import by_block, by_kind
+    from lora_sd.algebra.spectrum import by_block, by_kind
 
     def numbers(part: "LayerFacts") -> dict[str, Any]:
         return {
@@ -165,7 +165,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 def table(facts: "Sequence[LayerFacts]", each_layer: bool = False) -> str:
     """Rows by block and kind, or by layer, and the sums by kind below."""
-    from lora_sd.spectrum import Group, by_block, by_kind
+    from lora_sd.algebra.spectrum import Group, by_block, by_kind
 
     rows = [Group(part.block, part.kind, [part]) for part in facts]
     names = [part.name for part in facts]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_sd.adapter import Adapter
-    from lora_sd.low_rank import RankLimit, TruncationError
+    from lora_sd.algebra.low_rank import RankLimit, TruncationError
     from lora_sd.verbs.source import Source
 
 DESCRIPTION = """\
@@ -80,9 +80,9 @@ def resize(
         AdapterError: the source cannot be read, or the size cannot be reached.
         UserError: the output exists, or cannot be written.
     """
-    from lora_sd.low_rank import RankLimit
-    from lora_sd.resizing import resize as resized
-    from lora_sd.resizing import spectra
+    from lora_sd.algebra.low_rank import RankLimit
+    from lora_sd.algebra.resizing import resize as resized
+    from lora_sd.algebra.resizing import spectra
     from lora_sd.verbs.source import read_source, write_result
 
     check_output(output, overwrite)
@@ -113,8 +113,8 @@ def _to_size(
     The header's size is not known before: taken as none, then from the last try.
     """
     from lora_sd import durable
-    from lora_sd.resizing import limit_for_size, tensor_bytes
-    from lora_sd.resizing import resize as resized
+    from lora_sd.algebra.resizing import limit_for_size, tensor_bytes
+    from lora_sd.algebra.resizing import resize as resized
     from lora_sd.verbs.source import write_result
 
     header_bytes = 0
@@ -139,7 +139,7 @@ def _to_size(
 
 
 def _too_small(found: "Source", size_bytes: int, header_bytes: int, itemsize: int) -> str:
-    from lora_sd.resizing import tensor_bytes
+    from lora_sd.algebra.resizing import tensor_bytes
 
     ones = dict.fromkeys(found.adapter.layers, 1)
     least = header_bytes + tensor_bytes(found.adapter, ones, itemsize)
@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_sd.spectrum import span
+    from lora_sd.algebra.spectrum import span
     from lora_sd.verbs.source import size_in_mb
 
     done = resize(

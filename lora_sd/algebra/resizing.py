@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from lora_sd.adapter import Adapter
-from lora_sd.low_rank import RankLimit, TruncationError, kind_of, singular_values, truncated
+from lora_sd.algebra.low_rank import RankLimit, TruncationError, kind_of, singular_values, truncated
 
 Watch = Callable[[Iterable[str]], Iterable[str]]
 Spectra = Mapping[str, Tensor]

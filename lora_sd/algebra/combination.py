@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.errors import AdapterError, shown_list
-from lora_sd.low_rank import (
+from lora_sd.algebra.low_rank import (
     KINDS,
     RankLimit,
     TruncationError,
@@ -27,6 +26,7 @@ from lora_sd.low_rank import (
     svd,
     truncated,
 )
+from lora_sd.errors import AdapterError, shown_list
 from lora_sd.parts import Scales
 
 Part = tuple[LoRAWeights, float]  # a layer of one adapter and its scale

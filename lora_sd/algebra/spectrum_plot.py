@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from lora_sd import durable
-from lora_sd.low_rank import KINDS
-from lora_sd.spectrum import BLOCK_ORDER, Group, LayerFacts, by_block
+from lora_sd.algebra.low_rank import KINDS
+from lora_sd.algebra.spectrum import BLOCK_ORDER, Group, LayerFacts, by_block
 
 SHARP = 2
 PANEL_PX = (520, 300)

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from lora_sd.base_files.original import OPEN_CLIP, UNET, Piece, from_original
+from lora_sd.base_files.tensor_stream import StoredTensor, read_header
 from lora_sd.errors import BaseModelError, shown_list
-from lora_sd.formats.families import FAMILIES, layer_shapes
-from lora_sd.formats.original import OPEN_CLIP, UNET, Piece, from_original
-from lora_sd.formats.tensor_stream import StoredTensor, read_header
+from lora_sd.formats.layer_tables import EMBEDDED, FAMILIES, layer_shapes
 
-EMBEDDED = {"tiny-sd": Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"}
 WEIGHTS = {  # component: name of its weights, without '.safetensors'
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -47,7 +46,7 @@ class Entry:
 class BaseFiles:
     """A base model on disk; use `open_base`.
 
-    Tensors are named as in `formats.original` ('unet.conv_in.weight'), layers as in `adapter`
+    Tensors are named as in `original` ('unet.conv_in.weight'), layers as in `adapter`
     ('unet.conv_in').
 
     Attributes:

@@ -16,9 +16,9 @@ from torch import Size, Tensor
 from lora_sd import durable
 from lora_sd.adapter import Adapter, LoRAWeights
 from lora_sd.base_files import WEIGHTS, BaseFiles
+from lora_sd.base_files.original import Piece, to_original
+from lora_sd.base_files.tensor_stream import StoredTensor, file_bytes, write_tensor_file
 from lora_sd.errors import AdapterError, UserError, shown_list
-from lora_sd.formats.original import Piece, to_original
-from lora_sd.formats.tensor_stream import StoredTensor, file_bytes, write_tensor_file
 from lora_sd.parts import Scales
 
 WEIGHT_SUFFIXES = (

@@ -1,52 +1,17 @@
-"""The mathematics of one adapted layer.
-
-A wrapper owns the frozen layer it adapts and adds a trained product of low rank:
-
-    y = base(x) + scale * scaling * up(down(x)),    scaling = alpha / rank
-
-`scale` is what a person slides: 1 as trained, 0 off; a tensor of one scale for each sample draws a
-strip of scales in one pass. `lora_up` starts at zero, so that a fresh wrapper returns the base
-layer's output to the last bit. Source: Hu et al. 2021, "LoRA", section 4.1; for convolutions the
-LoCon form of LyCORIS (a k x k down, a 1 x 1 up).
-
-Wrappers nest: a second adapter wraps the first one's wrapper, and their updates add up.
-"""
+"""What every adapted layer has in common, whatever it adapts."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
 from lora_sd.adapter import LoRAWeights, delta_weight, norms
+from lora_sd.layers.starts import INITS
 
 Adaptable = nn.Linear | nn.Conv2d | nn.Embedding
-Layer = TypeVar("Layer", bound="LoRALayer")
-
-
-def kaiming(weight: Tensor, rank: int, generator: torch.Generator) -> None:
-    """Kaiming uniform with a = sqrt(5), as in loralib and PEFT."""
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-
-
-def gaussian(weight: Tensor, rank: int, generator: torch.Generator) -> None:
-    """Gaussian with standard deviation 1 / rank."""
-    nn.init.normal_(weight, std=1 / rank, generator=generator)
-
-
-def orthogonal(weight: Tensor, rank: int, generator: torch.Generator) -> None:
-    """Orthonormal rows: Saxe et al. 2013, "Exact solutions to the nonlinear dynamics"."""
-    nn.init.orthogonal_(weight, generator=generator)
-
-
-INITS: dict[str, Callable[[Tensor, int, torch.Generator], None]] = {
-    "kaiming": kaiming,
-    "gaussian": gaussian,
-    "orthogonal": orthogonal,
-}
 PISSA = "pissa"
 GIVEN = "given"
 """No start: the factors come from a file, which may hold more ranks than are useful."""
@@ -395,156 +360,6 @@ class LoRALayer(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha:g}, scale={scale}"
 
 
-class LinearLoRA(LoRALayer):
-    """An `nn.Linear` with a low-rank update. Input (..., in_features), output (..., out_features).
-
-    Seeds 000 to 004 call it LinearLora, LoRALinear, LinearLoRA, LinearLoralayer and Linear.
-    """
-
-    base: nn.Linear
-
-    @classmethod
-    def alone(
-        cls, in_features: int, out_features: int, rank: int, alpha: float | None = None, **opts: Any
-    ) -> Self:
-        """A layer without a base, whose output is the update alone, to add to a base's output."""
-        return _without_base(cls(nn.Linear(in_features, out_features), rank, alpha, **opts))
-
-    def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
-        down = nn.Linear(self.base.in_features, rank, bias=False)
-        return down, nn.Linear(rank, self.base.out_features, bias=up_bias)
-
-    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    def _up(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(hidden, weight)
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
-
-
-class ConvLoRA(LoRALayer):
-    """An `nn.Conv2d` with a low-rank update. Input (batch, in_channels, height, width).
-
-    `lora_down` has the base's kernel, stride, padding, dilation and groups, and `rank` output
-    channels; `lora_up` is 1 x 1 with the base's groups.
-
-    Raises:
-        ValueError: also where the rank is no multiple of the base's groups.
-    """
-
-    base: nn.Conv2d
-    rank_axis = 1
-
-    @classmethod
-    def alone(
-        cls,
-        in_channels: int,
-        out_channels: int,
-        rank: int,
-        alpha: float | None = None,
-        kernel_size: int | tuple[int, int] = 1,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        **opts: Any,
-    ) -> Self:
-        """A layer without a base, whose output is the update alone, to add to a base's output."""
-        base = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
-        return _without_base(cls(base, rank, alpha, **opts))
-
-    def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
-        base = innermost(self.base)
-        self.groups = base.groups
-        if rank % base.groups:
-            raise ValueError(
-                f"rank {rank} is no multiple of the convolution's {base.groups} groups"
-            )
-        down = nn.Conv2d(
-            base.in_channels,
-            rank,
-            base.kernel_size,
-            base.stride,
-            base.padding,
-            base.dilation,
-            base.groups,
-            bias=False,
-            padding_mode=base.padding_mode,
-        )
-        return down, nn.Conv2d(rank, base.out_channels, 1, groups=base.groups, bias=up_bias)
-
-    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
-        # nn.Conv2d's own way of padding, for padding modes other than zeros
-        return cast(Tensor, self.lora_down._conv_forward(x, weight, None))
-
-    def _up(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(hidden, weight, groups=self.groups)
-
-    def _by_channel(self, values: Tensor) -> Tensor:
-        return values.view(-1, 1, 1)
-
-    @property
-    def in_channels(self) -> int:
-        return self.base.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.base.out_channels
-
-
-class EmbeddingLoRA(LoRALayer):
-    """An `nn.Embedding` with a low-rank update. Input: ids (...), output (..., embedding_dim).
-
-    The table's update is (up @ down)^T, as in PEFT. Initialisations take the rank for the fan-in,
-    since a lookup sums over nothing else.
-    """
-
-    base: nn.Embedding
-
-    def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
-        down = nn.Linear(self.base.num_embeddings, rank, bias=False)
-        return down, nn.Linear(rank, self.base.embedding_dim, bias=up_bias)
-
-    def _init_view(self) -> Tensor:
-        transposed: Tensor = self.lora_down.weight.T
-        return transposed
-
-    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
-        base = innermost(self.base)
-        return F.embedding(
-            x, weight.T, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq
-        )
-
-    def _up(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(hidden, weight)
-
-    def _down_dims(self, x: Tensor) -> int:
-        return x.dim() + 1
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        return x  # ids
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.base.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.base.embedding_dim
-
-
-KINDS: dict[type[nn.Module], type[LoRALayer]] = {
-    nn.Linear: LinearLoRA,
-    nn.Conv2d: ConvLoRA,
-    nn.Embedding: EmbeddingLoRA,
-}
-
-
 def in_file_precision(alpha: float) -> float:
     """An alpha as files hold it, in float32, so that a layer and its file agree to the bit."""
     return float(torch.tensor(alpha, dtype=torch.float32))
@@ -555,12 +370,6 @@ def innermost(layer: nn.Module) -> Any:
     while isinstance(layer, LoRALayer):
         layer = layer.base
     return layer
-
-
-def wrapper_of(layer: nn.Module) -> type[LoRALayer]:
-    """The class that adapts a layer, wrapped already or not."""
-    plain = innermost(layer)
-    return next(wrapper for kind, wrapper in KINDS.items() if isinstance(plain, kind))
 
 
 def rank_limit(weight_shape: Size, groups: int = 1) -> int:
@@ -597,10 +406,3 @@ def restore_bias(layer: Any, kept: Tensor | None) -> None:
 def _output_axis(weight: Tensor) -> Size:
     """The shape of one value for each output of a weight."""
     return Size((weight.shape[0], *[1] * (weight.dim() - 1)))
-
-
-def _without_base(layer: Layer) -> Layer:
-    if layer.magnitude is not None:
-        raise ValueError("DoRA needs the base whose weights it decomposes")
-    layer.base = None  # type: ignore[assignment]
-    return layer

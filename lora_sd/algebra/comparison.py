@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.low_rank import matrices
+from lora_sd.algebra.low_rank import matrices
 
 SAME_UPDATE = 1e-5
 """Relative error below which two updates of different factors are the same."""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lora_sd.adapter import Adapter
+from lora_sd.algebra.low_rank import RankLimit, TruncationError, from_delta, kind_of
 from lora_sd.base_files import BaseFiles
-from lora_sd.base_metadata import adapter_metadata
+from lora_sd.base_files.metadata import adapter_metadata
 from lora_sd.errors import AdapterError, BaseModelError, shown_list
-from lora_sd.low_rank import RankLimit, TruncationError, from_delta, kind_of
 from lora_sd.parts import TEXT_ENCODERS, component_of
 
 

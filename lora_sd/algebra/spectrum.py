@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_sd.adapter import Adapter
-from lora_sd.low_rank import KINDS, kind_of, rank_for_energy, singular_values
+from lora_sd.algebra.low_rank import KINDS, kind_of, rank_for_energy, singular_values
 from lora_sd.parts import BLOCKS, REST, TEXT_ENCODERS, block_of
 
 BLOCK_ORDER = (*BLOCKS, REST, *TEXT_ENCODERS)
