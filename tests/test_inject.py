@@ -226,6 +226,8 @@ def test_detach_leaves_the_model_as_it_was(unet, unet_inputs):
     inject.attach(unet, choose(unet))
     randomise(unet)
     assert not torch.equal(unet(*unet_inputs).sample, before)
+    for layer in inject.lora_layers(unet).values():
+        layer.merge()
     inject.detach(unet)
     assert [n for n, _ in unet.named_modules()] == names
     assert torch.equal(unet(*unet_inputs).sample, before)
@@ -263,6 +265,7 @@ def test_collected_and_attached_elsewhere_it_does_the_same(unet, unet_inputs):
     randomise(unet)
     other = make_unet()
     layers = inject.attach_adapter(other, inject.collect(unet))
+    assert not any(weight.requires_grad for weight in other.parameters())
     assert torch.equal(other(*unet_inputs).sample, unet(*unet_inputs).sample)
     assert isinstance(layers["unet.conv_in"], ConvLoRA)
     inject.set_scale(other, 0)
