@@ -28,16 +28,6 @@ def delta_weight(down: Tensor, up: Tensor, alpha: float) -> Tensor:
     return (alpha / rank) * by_group.reshape(up.shape[0], *down.shape[1:])
 
 
-def decompose(base: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's weight: base + delta, with the norms that `magnitude` says.
-
-    The norm is taken over every axis along which `magnitude` has size 1, as Liu et al. 2024,
-    "DoRA", equation 5, does for each output; a magnitude for each input is LyCORIS's.
-    """
-    weight = base + delta
-    return weight * (magnitude / norms(weight, magnitude.shape))
-
-
 def norms(weight: Tensor, shape: Size) -> Tensor:
     """Euclidean norms of a weight over every axis along which `shape` has size 1; of that shape."""
     axes = [axis for axis, size in enumerate(shape) if size == 1]
@@ -113,8 +103,10 @@ class LoRAWeights:
             return self.low_rank()
         if base is None:
             raise ValueError("the update of a DoRA layer depends on its base weight")
-        base = base.float()
-        return decompose(base, self.low_rank(), self.magnitude.float()) - base
+        # Liu et al. 2024, "DoRA", equation 5; in place, since weights are large
+        weight = self.low_rank().add_(base)
+        magnitude = self.magnitude.float()
+        return weight.mul_(magnitude / norms(weight, magnitude.shape)).sub_(base)
 
     def add_to(self, weight: Tensor, scale: float, base: Tensor) -> None:
         """Add scale * delta to a float32 weight in place; without forming delta where it can be."""

@@ -7,7 +7,6 @@ the rest take plain parameters.
 """
 
 import argparse
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from lora_sd.errors import ConfigError
+from lora_sd.errors import ConfigError, nearest
 
 LAYER_OPTIONS = ("init", "rs", "dora", "dropout", "rank_dropout", "module_dropout", "up_bias")
 Preset = Literal["attention", "attention-ff", "attention-conv", "full"]
@@ -99,9 +98,10 @@ class AdapterGroup(Group):
     and makes a file of twice the rank."""
     rs: bool = False
     """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), for high ranks."""
-    dora: bool = False
-    """Train each output's weight norm apart (DoRA): closer to full fine-tuning and slower;
-    diffusers reads such a file of kohya's format as plain LoRA."""
+    dora: Literal["off", "input", "output"] = "off"
+    """Train the norms of the weights apart (DoRA): closer to full fine-tuning, and slower. 'input':
+    one norm for each input, as A1111, ComfyUI, Forge, InvokeAI and LyCORIS read it. 'output': one
+    for each output, as PEFT has it; saved in diffusers' format."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the update's input that is zeroed in training, against overfitting."""
     rank_dropout: float = Field(0.0, ge=0, lt=1)
@@ -122,7 +122,7 @@ class AdapterGroup(Group):
 
     @model_validator(mode="after")
     def _options_go_together(self) -> "AdapterGroup":
-        if self.dora and self.up_bias:
+        if self.dora != "off" and self.up_bias:
             raise ValueError("dora has no bias of its own: turn dora or up_bias off")
         return self
 
@@ -368,7 +368,7 @@ class _Parser(argparse.ArgumentParser):
             known = [f"--{name}" for name in setting_names()]
             raise ConfigError(
                 [
-                    f"There is no flag '{flag}'.{_nearest(flag.split('=')[0], known)}"
+                    f"There is no flag '{flag}'.{nearest(flag.split('=')[0], known)}"
                     for flag in flags
                 ]
             )
@@ -404,16 +404,11 @@ def setting_names() -> list[str]:
     return [name for name, _ in settings()]
 
 
-def _nearest(wrong: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
 def _sentence(detail: ErrorDetails) -> str:
     """One pydantic error as a sentence that names the setting as a user writes it."""
     name = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         known = setting_names() if "." in name else list(Config.model_fields)
-        return f"There is no setting '{name}'.{_nearest(name, known)}"
+        return f"There is no setting '{name}'.{nearest(name, known)}"
     message = detail["msg"].removeprefix("Value error, ")
     return f"'{name}' is {detail['input']!r}: {message[:1].lower()}{message[1:]}."

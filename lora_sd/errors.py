@@ -4,8 +4,9 @@ Everything here is caught at the front doors: the terminal prints the sentences 
 status 2, the app shows them beside the form. Anything else that is raised is a bug of ours.
 """
 
+import difflib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
@@ -67,6 +68,12 @@ def shown_list(names: Sequence[str], most: int = 5) -> str:
     if rest > 0:
         return f"{', '.join(quoted)} and {rest} more"
     return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+
+
+def nearest(wrong: str, known: Iterable[str]) -> str:
+    """` Did you mean '...'?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def run_program(main: Callable[[Sequence[str]], int]) -> None:

@@ -68,7 +68,7 @@ def attach(
     """
     places = dict(_walk(model))
     options = options or LayerOptions()
-    tokens = replace(options, up_bias=False, dora=False)
+    tokens = replace(options, up_bias=False, dora="off")
     for module in components_of(model).values():
         module.requires_grad_(False)
     attached: dict[str, LoRALayer] = {}

@@ -58,7 +58,7 @@ class LayerPlan:
         """How many numbers its part of a file holds, without alpha."""
         outputs, inputs = self.weight_shape[0], self.weight_shape[1:].numel()
         ranks = 2 * self.rank if options.init == "pissa" else self.rank
-        extra = 0 if self.name.endswith(TOKENS) else options.dora + options.up_bias
+        extra = 0 if self.name.endswith(TOKENS) else (options.dora != "off") + options.up_bias
         return ranks * (inputs + outputs) + outputs * extra
 
 

@@ -137,7 +137,9 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         log.info("%s", layer_choice.describe(plans, layer_options))
         record.state("starting", "encoding the pictures", step)
         cache, notices = encode(base, folder.examples, beat, as_tokens=trains_text)
-        ignored = clients.ignored_layers(layers, base.family, file_format, layer_options.up_bias)
+        ignored = clients.ignored_layers(
+            layers, base.family, file_format, layer_options.up_bias, layer_options.dora
+        )
         for notice in [*format_notices, *ignored, *folder.notices, *notices]:
             log.warning("Note: %s", notice)
         noise_schedule = base.noise_schedule()
@@ -269,7 +271,9 @@ def _file_format(config: Config, base: BaseModel) -> tuple[str, list[str]]:
     Raises:
         ConfigError: kohya's format is asked for and cannot hold the adapter.
     """
-    wanted = "kohya" if config.output.format == "auto" else config.output.format
+    by_output = config.adapter.dora == "output"  # whose norms kohya's clients misread
+    auto = "diffusers" if by_output else "kohya"
+    wanted = auto if config.output.format == "auto" else config.output.format
     fitting, notices = fitting_format(inject.collect(base.components), wanted)
     if config.output.format not in ("auto", fitting):
         raise ConfigError(

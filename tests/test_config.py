@@ -50,7 +50,10 @@ def test_yaml_out_reads_back_the_same():
         (["--config", "nowhere.yaml"], "There is no config file 'nowhere.yaml'"),
         (["--config", "a.yaml", "--like", "b.safetensors"], "one of --config, --like and --resume"),
         (["--resume", "outputs/a", "--train.steps", "3"], "the run's own settings"),
-        (["--adapter.dora", "--adapter.up_bias"], "'adapter' is .*turn dora or up_bias off"),
+        (
+            ["--adapter.dora", "input", "--adapter.up_bias"],
+            "'adapter' is .*turn dora or up_bias off",
+        ),
     ],
 )
 def test_a_wrong_flag_is_a_sentence(argv, said):

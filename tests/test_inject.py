@@ -272,7 +272,7 @@ def test_collected_and_attached_elsewhere_it_does_the_same(unet, unet_inputs):
     assert torch.equal(other(*unet_inputs).sample, make_unet()(*unet_inputs).sample)
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}, {"up_bias": True}, {"init": "pissa"}])
+@pytest.mark.parametrize("options", [{}, {"dora": "output"}, {"up_bias": True}, {"init": "pissa"}])
 def test_a_strip_of_scales_in_one_pass_is_a_pass_for_each_scale(unet, unet_inputs, options):
     before = unet(*unet_inputs).sample
     inject.attach(unet, choose(unet, "full"), LayerOptions(**options))
@@ -317,7 +317,7 @@ def test_several_adapters_have_a_scale_each_and_leave_one_by_one(unet, unet_inpu
     plain = out()
     attach_named(unet, "ink", 1)
     ink = out()
-    attach_named(unet, "cat", 2, dora=True)
+    attach_named(unet, "cat", 2, dora="output")
     both = out()
     with pytest.raises(ValueError, match="adapted already"):
         attach_named(unet, "ink", 3)
@@ -364,7 +364,7 @@ def test_random_changes_of_live_adapters_leave_the_base_bit_for_bit(dtype):
     for _ in range(40):
         name = draw.choice("abc")
         if name not in on:
-            options = draw.choice([{}, {"dora": True}, {"up_bias": True}, {"init": "pissa"}])
+            options = draw.choice([{}, {"dora": "output"}, {"up_bias": True}, {"init": "pissa"}])
             attach_named(parts, name, draw.randrange(9), **options)
             on.add(name)
         elif draw.random() < 0.5:
@@ -379,7 +379,7 @@ def test_random_changes_of_live_adapters_leave_the_base_bit_for_bit(dtype):
             assert p is weights[key, n] and torch.equal(p, before[key, n])
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}, {"up_bias": True}])
+@pytest.mark.parametrize("options", [{}, {"dora": "output"}, {"init": "pissa"}, {"up_bias": True}])
 def test_a_half_precision_unet_trains_under_autocast(unet, unet_inputs, options):
     unet.bfloat16()
     layers = inject.attach(unet, choose(unet, "full"), LayerOptions(**options))
@@ -393,7 +393,7 @@ def test_a_half_precision_unet_trains_under_autocast(unet, unet_inputs, options)
         assert layer.lora_up.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}, {"up_bias": True}])
+@pytest.mark.parametrize("options", [{}, {"dora": "output"}, {"init": "pissa"}, {"up_bias": True}])
 def test_an_adapter_is_planned_on_a_model_without_weights(unet, options):
     with torch.device("meta"):
         empty = make_unet()

@@ -63,7 +63,9 @@ def embeddings(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 def layer_options(draw: st.DrawFn, base: nn.Module) -> LayerOptions:
     """Any options that go together for a base."""
     is_table = isinstance(base, nn.Embedding)
-    extra = draw(st.sampled_from(["", "up_bias", "dora"])) if not is_table else ""
+    extra = (
+        draw(st.sampled_from(["", "up_bias", "dora-input", "dora-output"])) if not is_table else ""
+    )
     inits = [*INITS, *([PISSA] if getattr(base, "groups", 1) == 1 else [])]
     shares = st.sampled_from([0.0, 0.5])
     return LayerOptions(
@@ -73,7 +75,7 @@ def layer_options(draw: st.DrawFn, base: nn.Module) -> LayerOptions:
         draw(shares),
         draw(shares),
         extra == "up_bias",
-        extra == "dora",
+        extra.removeprefix("dora-") if extra.startswith("dora") else "off",
     )
 
 
@@ -93,7 +95,7 @@ def wrapped(draw: st.DrawFn, base: nn.Module, options: LayerOptions) -> LoRALaye
     """A fresh layer of any rank and alpha around a base."""
     groups = getattr(base, "groups", 1)
     assume(groups == 1 or options.init != PISSA)
-    assume(not isinstance(base, nn.Embedding) or not (options.dora or options.up_bias))
+    assume(not isinstance(base, nn.Embedding) or not (options.dora != "off" or options.up_bias))
     limit = rank_limit(base.weight.shape) // groups
     assume(limit)
     rank, alpha = draw(st.integers(1, limit)), draw(st.floats(0.1, 8))
@@ -138,7 +140,9 @@ def assert_within_rounding(found: Tensor, expected: Tensor, layer: LoRALayer, x:
         assert error <= 4 * torch.finfo(layer.weight.dtype).eps * bound.norm()
 
 
-@pytest.mark.parametrize("extra", [{}, {"rs": True}, {"up_bias": True}, {"dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{}, {"rs": True}, {"up_bias": True}, {"dora": "output"}], ids=str
+)
 @pytest.mark.parametrize("init", [*INITS, PISSA])
 @settings(deadline=None, max_examples=15)
 @given(st.data())
@@ -257,7 +261,9 @@ def test_scales_that_do_not_fit_the_batch_are_an_error():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"rs": True}, {"dora": True}, {"init": PISSA}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"rs": True}, {"dora": "output"}, {"init": PISSA}], ids=str
+)
 def test_rank_0_leaves_the_layer_alone(dtype, options):
     for base, x in (
         (nn.Linear(6, 5), torch.randn(2, 6).to(dtype)),
@@ -358,7 +364,7 @@ def test_only_the_factors_learn():
     layer = LinearLoRA(nn.Linear(6, 5), 2)
     learning = [name for name, p in layer.named_parameters() if p.requires_grad]
     assert learning == ["lora_down.weight", "lora_up.weight"]
-    layer = LinearLoRA(nn.Linear(6, 5), 2, dora=True, init=PISSA)
+    layer = LinearLoRA(nn.Linear(6, 5), 2, dora="output", init=PISSA)
     learning = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert learning == {"magnitude", "lora_down.weight", "lora_up.weight"}
 
@@ -380,7 +386,7 @@ def test_a_grouped_convolution_wants_a_rank_for_each_group():
         ConvLoRA(nn.Conv2d(4, 4, 3, groups=2), 3)
 
 
-@pytest.mark.parametrize("options", [{"dora": True}, {"up_bias": True}], ids=str)
+@pytest.mark.parametrize("options", [{"dora": "output"}, {"up_bias": True}], ids=str)
 def test_a_token_table_has_no_dora_and_no_bias(options):
     table = nn.Embedding(6, 5)
     for base in (table, EmbeddingLoRA(table, 2)):
@@ -390,11 +396,11 @@ def test_a_token_table_has_no_dora_and_no_bias(options):
 
 def test_options_that_do_not_go_together_are_an_error():
     with pytest.raises(ValueError, match="DoRA has no bias"):
-        LinearLoRA(nn.Linear(6, 5), 2, dora=True, up_bias=True)
+        LinearLoRA(nn.Linear(6, 5), 2, dora="output", up_bias=True)
     with pytest.raises(ValueError, match="grouped"):
         ConvLoRA(nn.Conv2d(4, 4, 3, groups=2), 2, init=PISSA)
     with pytest.raises(ValueError, match="base"):
-        LinearLoRA.alone(6, 5, 2, dora=True)
+        LinearLoRA.alone(6, 5, 2, dora="output")
 
 
 def test_half_precision_base_keeps_its_dtype():
@@ -487,7 +493,8 @@ def test_shapes_can_be_planned_without_weights(data):
     layer, _ = data.draw(adapted([torch.float32]))
     with torch.device("meta"):
         base = deepcopy(layer.base).to("meta")
-    options = {"up_bias": layer.lora_up.bias is not None, "dora": layer.magnitude is not None}
+    dora = "off" if layer.magnitude is None else "output"
+    options = {"up_bias": layer.lora_up.bias is not None, "dora": dora}
     planned = type(layer)(base, layer.rank, layer.alpha, **options)
     assert all(weight.is_meta for weight in planned.parameters())
     assert planned.weights().weight_shape == layer.weights().weight_shape

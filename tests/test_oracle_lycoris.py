@@ -40,6 +40,7 @@ LAYERS = {
     "1x1": (nn.Conv2d(6, 8, 1), (2, 6, 7, 8)),
 }
 DORA = ["out", "in"]
+AXES = {"": "off", "out": "output", "in": "input"}
 
 
 def locon(base: nn.Module, rank: int, alpha: float, rs: bool = False, dora: str = "", **options):
@@ -86,9 +87,9 @@ def take_over(ours: nn.Module, theirs: LoConModule) -> None:
 
 def pair_of(base: nn.Module, rs: bool = False, dora: str = "", **options: object):
     """(our layer, LyCORIS's) around copies of a base, with the same weights."""
-    ours = KINDS[type(base)](deepcopy(base), 3, 2, rs=rs, dora=bool(dora))
+    ours = KINDS[type(base)](deepcopy(base), 3, 2, rs=rs, dora=AXES[dora])
     theirs = locon(deepcopy(base), 3, 2, rs, dora, **options)
-    if dora == "out":
+    if dora:
         assert_agree(ours.magnitude, theirs.dora_scale, 1e-6, "DoRA's start")
     randomise_locon(theirs)
     take_over(ours, theirs)
@@ -161,7 +162,7 @@ def unet_pair(preset: str, rs: bool, dora: str, randomised: bool):
     """(our UNet, LyCORIS's, [(name, our layer, LyCORIS's)]), with the same weights."""
     ours, theirs = make_unet(), make_unet().requires_grad_(False)
     plans = choose(ours, preset)
-    layers = inject.attach(ours, plans, LayerOptions(rs=rs, dora=bool(dora)))
+    layers = inject.attach(ours, plans, LayerOptions(rs=rs, dora=AXES[dora]))
     torch.manual_seed(1)
     pairs = []
     for plan in plans:

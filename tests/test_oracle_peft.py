@@ -42,7 +42,7 @@ LAYERS = {
     "1x1": (nn.Conv2d(6, 8, 1), (2, 6, 7, 8)),
     "1x1 without bias": (nn.Conv2d(6, 8, 1, bias=False), (2, 6, 7, 8)),
 }
-OPTIONS = [{}, {"rs": True}, {"dora": True}, {"dora": True, "rs": True}, {"up_bias": True}]
+OPTIONS = [{}, {"rs": True}, {"dora": "output"}, {"dora": "output", "rs": True}, {"up_bias": True}]
 
 
 def peft_weights(layer: PeftLayer) -> Weights:
@@ -127,7 +127,7 @@ def test_the_delta_is_peft_s(kind, rs):
 @pytest.mark.parametrize("kind", ["linear", "linear without bias", "3x3", "1x1"])
 def test_a_merged_dora_layer_is_peft_s(kind):
     torch.manual_seed(0)
-    ours, theirs = pair_of(LAYERS[kind][0], dora=True)
+    ours, theirs = pair_of(LAYERS[kind][0], dora="output")
     ours.merge()
     theirs.merge()
     assert_agree(ours.weight, theirs.base_layer.weight, 1e-6, "merged weight")
@@ -141,7 +141,7 @@ def peft_unet(plans: list[layer_choice.LayerPlan], options: LayerOptions) -> nn.
             target_modules=list(paths),
             rank_pattern={path: plan.rank for path, plan in paths.items()},
             alpha_pattern={path: plan.alpha for path, plan in paths.items()},
-            use_dora=options.dora,
+            use_dora=options.dora != "off",
             use_rslora=options.rs,
             lora_bias=options.up_bias,
         )
@@ -198,7 +198,7 @@ def test_each_gradient_of_a_unet_is_peft_s_in_float64(options, unet_inputs):
         assert_gradients_agree(ours, theirs, 1e-5 if "magnitude" in ours else 1e-6, name)
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dora": "output"}], ids=str)
 def test_fifty_steps_give_peft_s_weights(options):
     ours, theirs, pairs = unet_pair("full", LayerOptions(**options), randomised=False)
     for unet in (ours, theirs):

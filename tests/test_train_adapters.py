@@ -19,7 +19,8 @@ from lora_sd.run_folder import RunFolder
 KINDS = {
     "text encoder": {"text_encoder": True},
     "dropouts": {"dropout": 0.2, "rank_dropout": 0.3, "module_dropout": 0.2},
-    "dora": {"dora": True},
+    "dora by input": {"dora": "input"},
+    "dora by output": {"dora": "output"},
     "pissa": {"init": "pissa"},
     "rs": {"rs": True, "alpha": 0.7},
     "up-bias": {"up_bias": True},
@@ -129,6 +130,6 @@ def test_the_result_is_read_back_and_the_log_and_status_say_so(run_settings):
 
 def test_a_bfloat16_base_with_checkpointing_and_dora_learns(run_settings):
     run_settings["base"]["dtype"] = "bfloat16"
-    run_settings["adapter"] |= {"text_encoder": True, "dora": True}
+    run_settings["adapter"] |= {"text_encoder": True, "dora": "input"}
     run_settings["train"]["gradient_checkpointing"] = True
     assert all(torch.isfinite(torch.tensor(losses(train(run_settings)))))

@@ -8,7 +8,7 @@ one module with four projections: it is adapted when all four are in the file.
 import math
 
 from lora_sd.clients.fits import product_error
-from lora_sd.clients.outline import Outline, Shape, is_other_kind
+from lora_sd.clients.outline import Outline, Shape, is_by_output, is_other_kind
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import A1111Layer, Tables
 
@@ -34,6 +34,8 @@ def check(outline: Outline, tables: Tables) -> ClientReport:
         if refusal:
             report.fatal.append(f"{prefix}: {refusal}: {REFUSED}")
             continue
+        if pair and "dora_scale" in shapes and is_by_output(shapes["dora_scale"], shapes[pair[0]]):
+            report.warnings.append(f"{prefix}: DoRA's norms of each output are taken for inputs'")
         if pair and layer.shape:
             mid = shapes.get("lora_mid.weight")
             error = product_error(shapes[pair[0]], shapes[pair[1]], layer.shape, mid)

@@ -5,7 +5,7 @@ Forge refuses a file of which more than 12 keys match nothing.
 """
 
 from lora_sd.clients.fits import flattened, product_error
-from lora_sd.clients.outline import Outline
+from lora_sd.clients.outline import Outline, is_by_output
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import Tables, Target
 
@@ -89,6 +89,12 @@ def _pair(
             report.shape_errors.append(f"{prefix}: patches {target.weight}")
         else:
             up_shape, down_shape = outline.shapes[parts[up]], outline.shapes[parts[down]]
+            dora = parts.get(".dora_scale")
+            if dora and is_by_output(outline.shapes[dora], up_shape):
+                report.warnings.append(
+                    f"{prefix}: DoRA's norms of each output are divided by the base's norms, not "
+                    f"by the adapted weight's"
+                )
             error = product_error(up_shape, down_shape, target.shape, mid_shape)
             if error:
                 pads = (

@@ -6,7 +6,7 @@ A file whose base it cannot tell, or tells wrongly, cannot be used with that bas
 import re
 
 from lora_sd.clients.fits import product_error
-from lora_sd.clients.outline import Outline, is_other_kind
+from lora_sd.clients.outline import Outline, is_by_output, is_other_kind
 from lora_sd.clients.report import ClientReport
 from lora_sd.clients.tables import TABLES, Tables
 
@@ -83,6 +83,8 @@ def _layer(
         shapes = {part: outline.shapes[key] for part, key in parts.items()}
         up, down, mid = (shapes.get(f"lora_{part}.weight") for part in ("up", "down", "mid"))
         assert up is not None and down is not None
+        if "dora_scale" in shapes and is_by_output(shapes["dora_scale"], up):
+            report.warnings.append(f"{prefix}: DoRA's norms of each output are taken for inputs'")
         error = product_error(up, down, tables.invoke[prefix], mid)
         if error:
             report.shape_errors.append(f"{prefix}: {error}")

@@ -58,6 +58,11 @@ def outline_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ou
     return Outline(shapes, alphas, metadata)
 
 
+def is_by_output(magnitude: Shape, up: Shape) -> bool:
+    """Whether DoRA's norms (out, 1[, 1, 1]) are the outputs', not (1, in[, 1, 1]) the inputs'."""
+    return magnitude[:1] == up[:1] and magnitude[:1] != (1,)
+
+
 def is_other_kind(part: str) -> bool:
     """Whether a tensor belongs to an adapter that is neither LoRA nor LoCon."""
     return part.startswith(OTHER_KINDS)

@@ -21,6 +21,7 @@ from lora_sd.layers.layer import (
     LoRALayer,
     add_to_bias,
     innermost,
+    magnitude_shape,
     rank_limit,
     restore_bias,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "PISSA",
     "add_to_bias",
     "innermost",
+    "magnitude_shape",
     "rank_limit",
     "restore_bias",
     "wrapper_of",

@@ -103,6 +103,9 @@ class ConvLoRA(LoRALayer):
     def _by_channel(self, values: Tensor) -> Tensor:
         return values.view(-1, 1, 1)
 
+    def _by_input(self, values: Tensor) -> Tensor:
+        return values.repeat(1, self.groups, 1, 1)
+
     @property
     def in_channels(self) -> int:
         return self.base.in_channels

@@ -13,6 +13,7 @@ from lora_sd.layers.starts import INITS
 
 Adaptable = nn.Linear | nn.Conv2d | nn.Embedding
 PISSA = "pissa"
+DORA = ("off", "input", "output")
 GIVEN = "given"
 """No start: the factors come from a file, which may hold more ranks than are useful."""
 
@@ -27,7 +28,7 @@ class LayerOptions:
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     up_bias: bool = False
-    dora: bool = False
+    dora: str = "off"
 
 
 class LoRALayer(nn.Module):
@@ -45,7 +46,9 @@ class LoRALayer(nn.Module):
         rank_dropout: share of the ranks that is zeroed in training, for each sample.
         module_dropout: share of the passes in training that leave the whole update out.
         up_bias: give `lora_up` a bias, which starts at zero and is scaled as the rest.
-        dora: train the norm of each output's weights apart (Liu et al. 2024, "DoRA").
+        dora: 'input' or 'output': train the norm of each input's, or of each output's, weights
+            apart (Liu et al. 2024, "DoRA", equation 5). The files that A1111, ComfyUI, Forge and
+            InvokeAI read hold an input's norms, and PEFT's an output's.
         merged: put the update into the base's weight at once.
         generator: source of `lora_down`'s start; a CPU generator.
 
@@ -74,16 +77,18 @@ class LoRALayer(nn.Module):
         rank_dropout: float = 0.0,
         module_dropout: float = 0.0,
         up_bias: bool = False,
-        dora: bool = False,
+        dora: str = "off",
         merged: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if rank and init != GIVEN:
             check_rank(innermost(base), rank)
-        if dora and up_bias:
+        if dora not in DORA:
+            raise ValueError(f"dora is '{dora}', not one of {', '.join(DORA)}")
+        if dora != "off" and up_bias:
             raise ValueError("DoRA has no bias of its own")
-        if (dora or up_bias) and isinstance(innermost(base), nn.Embedding):
+        if (dora != "off" or up_bias) and isinstance(innermost(base), nn.Embedding):
             raise ValueError("DoRA and the up-bias have no form for a token table")
         self.base = base.requires_grad_(False)
         self.rank = rank
@@ -110,9 +115,9 @@ class LoRALayer(nn.Module):
         else:
             start = INITS[init], self._init_view(), generator or torch.default_generator
             start[0](start[1], rank, start[2])
-        if dora:
+        if dora != "off":
             weight = weight.detach().float()
-            self.magnitude = nn.Parameter(norms(weight, _output_axis(weight)))
+            self.magnitude = nn.Parameter(norms(weight, magnitude_shape(weight.shape, dora)))
         if merged:
             self.merge()
 
@@ -164,11 +169,11 @@ class LoRALayer(nn.Module):
         if self.base is None:
             scale = 0.0 if self._is_off() else self._scale_for(x)
             return self._low_rank(x, scale * self.scaling)
-        out = self.base(x)
         if self._kept is not None or not self.rank or self._is_off():
-            return out
+            return self.base(x)
         if self.magnitude is not None:
-            return out + self._decomposed(x, out).to(out.dtype)
+            return self._decomposed(x, self.magnitude)
+        out = self.base(x)
         return out + self._low_rank(x, self._scale_for(x) * self.scaling).to(out.dtype)
 
     def update(self, x: Tensor) -> Tensor:
@@ -188,20 +193,29 @@ class LoRALayer(nn.Module):
             out = out + self._by_channel(self.lora_up.bias) * factor
         return out
 
-    def _decomposed(self, x: Tensor, out: Tensor) -> Tensor:
-        """scale * (DoRA's output - the base's): the norm is a constant in the backward pass."""
-        plain = out if self.bias is None else out - self._by_channel(self.bias)
-        if isinstance(self.base, LoRALayer):  # another adapter's update is in it
-            plain = self._plain(x)
-        magnitude, weight = cast(Tensor, self.magnitude), self.weight.detach().float()
+    def _decomposed(self, x: Tensor, magnitude: Tensor) -> Tensor:
+        """The base's output, and scale times what DoRA's differs from it.
+
+        The norm is a constant in the backward pass, as section 4.3 of the paper has it.
+        """
+        plain = innermost(self.base)
+        weight = self.weight.detach().float()
         ratio = magnitude / norms(weight + self._weight_update(), magnitude.shape)
-        if magnitude.shape == _output_axis(weight):
+        if magnitude.shape == magnitude_shape(weight.shape, "output"):
+            out = self.base(x)
+            unbiased = out if plain is self.base else plain(x)
+            if plain.bias is not None:
+                unbiased = unbiased - self._by_channel(plain.bias)
             ratio = self._by_channel(ratio.flatten())
-            added = (ratio - 1) * plain + ratio * self.update(x)
-        else:  # LyCORIS's norms for each input
-            scaled = (x * ratio).to(x.dtype)
-            added = self._plain(scaled) + self.update(scaled) - plain
-        return self._scale_for(out) * added
+            added = (ratio - 1) * unbiased + ratio * self.update(x)
+        else:
+            scaled = (x * self._by_input(ratio)).to(x.dtype)
+            whole, update = plain(scaled), self.update(scaled)
+            if plain is self.base and isinstance(self.scale, float) and self.scale == 1:
+                return cast(Tensor, whole + update.to(whole.dtype))
+            out = self.base(x)
+            added = whole - (out if plain is self.base else plain(x)) + update
+        return cast(Tensor, out + (self._scale_for(out) * added).to(out.dtype))
 
     @torch.no_grad()
     def _weight_update(self) -> Tensor:
@@ -212,13 +226,12 @@ class LoRALayer(nn.Module):
             update = update - delta_weight(self.down_start, self.up_start, alpha)
         return update
 
-    def _plain(self, x: Tensor) -> Tensor:
-        """The innermost base's output without its bias."""
-        base = innermost(self.base)
-        return base(x) if base.bias is None else base(x) - self._by_channel(base.bias)
-
     def _by_channel(self, values: Tensor) -> Tensor:
         """Values of the output channels (out,), shaped to go with an output."""
+        return values
+
+    def _by_input(self, values: Tensor) -> Tensor:
+        """Values of the weight's inputs (1, in[, 1, 1]), shaped to go with an input."""
         return values
 
     def _is_off(self) -> bool:
@@ -403,6 +416,8 @@ def restore_bias(layer: Any, kept: Tensor | None) -> None:
         layer.bias = None
 
 
-def _output_axis(weight: Tensor) -> Size:
-    """The shape of one value for each output of a weight."""
-    return Size((weight.shape[0], *[1] * (weight.dim() - 1)))
+def magnitude_shape(weight_shape: Size, dora: str) -> Size:
+    """Shape of a DoRA magnitude: one value for each 'input' or each 'output' of a weight."""
+    outputs, inputs, *kernel = weight_shape
+    ones = [1] * len(kernel)
+    return Size((outputs, 1, *ones) if dora == "output" else (1, inputs, *ones))

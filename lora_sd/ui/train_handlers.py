@@ -116,15 +116,12 @@ class TrainHandlers:
         options = LayerOptions(**config.adapter.layer_options())
         bytes_per_weight = 4 if config.output.dtype == "float32" else 2
         names = [plan.name for plan in plans]
-        only_diffusers = options.up_bias or any(
-            name.endswith(layer_choice.TOKENS) for name in names
-        )
-        file_format = (
-            "diffusers" if only_diffusers else config.output.format.replace("auto", "kohya")
-        )
+        has_tokens = any(name.endswith(layer_choice.TOKENS) for name in names)
+        auto = "diffusers" if has_tokens or options.up_bias or options.dora == "output" else "kohya"
+        file_format = auto if config.output.format == "auto" else config.output.format
         return LayersShown(
             layer_choice.describe(plans, options, bytes_per_weight),
-            clients.ignored_layers(names, base.family, file_format, options.up_bias),
+            clients.ignored_layers(names, base.family, file_format, options.up_bias, options.dora),
         )
 
     def start(

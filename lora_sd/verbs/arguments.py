@@ -1,12 +1,11 @@
 """What the verbs' command lines share: errors as sentences, output files, progress."""
 
 import argparse
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from lora_sd.errors import ConfigError, UserError
+from lora_sd.errors import ConfigError, UserError, nearest
 
 DTYPES = ("float16", "bfloat16", "float32")
 FORMATS = ("kohya", "diffusers")
@@ -40,12 +39,6 @@ def _unknown(word: str, flags: Sequence[str]) -> str:
     if word.startswith("-"):
         return f"There is no flag '{word}'.{nearest(word.split('=')[0], flags)}"
     return f"'{word}' is one argument too many."
-
-
-def nearest(wrong: str, known: Iterable[str]) -> str:
-    """` Did you mean '...'?`, or nothing when no known name is near."""
-    near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
