@@ -28,6 +28,11 @@ def delta_weight(down: Tensor, up: Tensor, alpha: float) -> Tensor:
     return (alpha / rank) * by_group.reshape(up.shape[0], *down.shape[1:])
 
 
+def in_file_precision(alpha: float) -> float:
+    """An alpha rounded to float32."""
+    return float(torch.tensor(alpha, dtype=torch.float32))
+
+
 def norms(weight: Tensor, shape: Size) -> Tensor:
     """Euclidean norms of a weight over every axis along which `shape` has size 1; of that shape."""
     axes = [axis for axis, size in enumerate(shape) if size == 1]
@@ -54,6 +59,10 @@ class LoRAWeights:
     up_bias: Tensor | None = None
     magnitude: Tensor | None = None
     embedding: bool = False
+
+    def __post_init__(self) -> None:
+        # As files hold it, so that a live layer, its file and its checkpoint agree to the bit.
+        object.__setattr__(self, "alpha", in_file_precision(self.alpha))
 
     @property
     def rank(self) -> int:
@@ -104,6 +113,7 @@ class LoRAWeights:
         if base is None:
             raise ValueError("the update of a DoRA layer depends on its base weight")
         # Liu et al. 2024, "DoRA", equation 5; in place, since weights are large
+        base = base.float()
         weight = self.low_rank().add_(base)
         magnitude = self.magnitude.float()
         return weight.mul_(magnitude / norms(weight, magnitude.shape)).sub_(base)
@@ -145,7 +155,7 @@ class Adapter:
         """Every layer must exist in the model with the right shape.
 
         Args:
-            shapes: weight shape of each layer of the model (`inject.layer_shapes`).
+            shapes: weight shape of each layer of the model (`layer_names.layer_shapes`).
             source: what to call the adapter in the message.
 
         Raises:

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lora_sd import inject
+from lora_sd import layer_names
 from lora_sd.errors import BaseModelError, ConfigError, shown_list
-from lora_sd.formats.layer_tables import EMBEDDED, FAMILIES, layer_shapes
+from lora_sd.formats import versions
+from lora_sd.formats.layer_tables import EMBEDDED, family_of
 
-PROJECT = Path(__file__).resolve().parent.parent
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -53,8 +53,7 @@ class BaseModel:
     @property
     def family(self) -> str:
         """'tiny-sd', 'sd15', 'sd21', 'sdxl', or '' for a model whose layers no client knows."""
-        shapes = inject.layer_shapes(self.components)
-        return next((name for name in FAMILIES if layer_shapes(name) == shapes), "")
+        return family_of(layer_names.layer_shapes({"unet": self.unet}))
 
     def tokens(self, text: str) -> torch.Tensor:
         """Token ids of a text (tokens,), padded and cut to the tokenizer's length."""
@@ -66,6 +65,11 @@ class BaseModel:
             return_tensors="pt",
         ).input_ids[0]
         return ids
+
+    def eval(self) -> None:
+        """Leave training: no dropout anywhere."""
+        for part in self.components.values():
+            part.eval()
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
@@ -98,22 +102,13 @@ class BaseModel:
     @property
     def kohya_version(self) -> str:
         """What kohya's `ss_base_model_version` says: 'sd_v1', 'sd_v2', 'sd_v2_v', or the name of
-        a model that is neither."""
-        width = self.unet.config.cross_attention_dim
-        if width == 768:
-            return "sd_v1"
-        if width == 1024:
-            return "sd_v2_v" if self.prediction_type == "v_prediction" else "sd_v2"
-        return Path(self.name).name
+        a model that is none of these."""
+        return versions.kohya_version(self.family, self.prediction_type) or Path(self.name).name
 
     @property
     def architecture(self) -> str:
         """`modelspec.architecture` of the base, or '' for a model that has none."""
-        return {
-            "sd_v1": "stable-diffusion-v1",
-            "sd_v2": "stable-diffusion-v2-512",
-            "sd_v2_v": "stable-diffusion-v2-768-v",
-        }.get(self.kohya_version, "")
+        return versions.ARCHITECTURES.get(self.kohya_version, "")
 
     def fingerprint(self) -> str:
         """Changes with the base's weights: a hash over the start of every tensor it trains on."""

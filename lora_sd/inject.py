@@ -9,45 +9,20 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Size, nn
 
 from lora_sd.adapter import Adapter
 from lora_sd.errors import AdapterError
-from lora_sd.layer_choice import TOKENS, LayerPlan
+from lora_sd.layer_choice import LayerPlan
+from lora_sd.layer_names import Model, components_of, layer_shapes, walk
 from lora_sd.layers import (
     GIVEN,
-    Adaptable,
     LayerOptions,
     LoRALayer,
     innermost,
     wrapper_of,
 )
-from lora_sd.parts import TEXT_ENCODERS, Scales
+from lora_sd.parts import TOKENS, Scales
 from lora_sd.randomness import generator
-
-Model = nn.Module | Mapping[str, nn.Module]
-
-
-def components_of(model: Model) -> dict[str, nn.Module]:
-    """The parts of a model by component; a module alone is a UNet."""
-    return {"unet": model} if isinstance(model, nn.Module) else dict(model)
-
-
-def adaptable_layers(model: Model) -> dict[str, Adaptable]:
-    """Every linear and convolution layer, and the text encoders' token tables, by full name; where
-    one is adapted already, the plain layer under it."""
-    found: dict[str, Adaptable] = {}
-    for name, (module, _) in _walk(model):
-        layer = innermost(module)
-        is_tokens = isinstance(layer, nn.Embedding) and name.endswith(TOKENS)
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) or is_tokens:
-            found[name] = layer
-    return found
-
-
-def layer_shapes(model: Model) -> dict[str, Size]:
-    """Weight shape of every adaptable layer, by full name."""
-    return {name: layer.weight.shape for name, layer in adaptable_layers(model).items()}
 
 
 def attach(
@@ -66,7 +41,7 @@ def attach(
     Raises:
         ValueError: a layer is adapted already under that adapter's name.
     """
-    places = dict(_walk(model))
+    places = dict(walk(model))
     options = options or LayerOptions()
     tokens = replace(options, up_bias=False, dora="off")
     for module in components_of(model).values():
@@ -126,7 +101,7 @@ def attach_adapter(
 
 def detach(model: Model, adapter_name: str | None = None) -> None:
     """Put the plain layers back, or take one adapter's wrappers out; bit for bit."""
-    for _, (module, (root, path)) in list(_walk(model)):
+    for _, (module, (root, path)) in list(walk(model)):
         layers = list(_chain(module))
         kept = [layer for layer in layers if adapter_name not in (None, layer.adapter_name)]
         if len(kept) == len(layers):
@@ -144,7 +119,7 @@ def lora_layers(model: Model, adapter_name: str = "default") -> dict[str, LoRALa
     """An adapter's layers by full name."""
     return {
         name: layer
-        for name, (module, _) in _walk(model)
+        for name, (module, _) in walk(model)
         for layer in _chain(module)
         if layer.adapter_name == adapter_name
     }
@@ -191,26 +166,6 @@ def load(layers: Mapping[str, LoRALayer], adapter: Adapter) -> None:
         raise AdapterError([f"The adapter does not fit: {problem}." for problem in problems])
     for name, weights in adapter.layers.items():
         layers[name].load(weights)
-
-
-Place = tuple[nn.Module, str]  # (a component, the path below it as its own parts are called)
-
-
-def _walk(model: Model) -> Iterator[tuple[str, tuple[nn.Module, Place]]]:
-    """(full name, (module, its place)) of every part of a model, not looking into wrappers."""
-
-    def below(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in module.named_children():
-            yield f"{prefix}{name}", child
-            if not isinstance(child, LoRALayer):
-                yield from below(child, f"{prefix}{name}.")
-
-    for component, root in components_of(model).items():
-        for path, module in below(root, ""):
-            named = path
-            if component in TEXT_ENCODERS and not path.startswith(("text_model", "text_proj")):
-                named = f"text_model.{path}"  # transformers 5.6 and newer leave it out
-            yield f"{component}.{named}", (module, (root, path))
 
 
 def _chain(module: Any) -> Iterator[LoRALayer]:

@@ -20,7 +20,7 @@ from torch import Size
 
 from lora_sd.errors import ConfigError, shown_list
 from lora_sd.layers import LayerOptions, rank_limit
-from lora_sd.parts import TEXT_ENCODERS, block_of, component_of, is_conv
+from lora_sd.parts import TEXT_ENCODERS, TOKENS, block_of, component_of, is_conv
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -42,7 +42,6 @@ TEXT_PRESETS: dict[str, tuple[str, ...]] = {
     preset: TEXT_ATTENTION + (() if preset == "attention" else TEXT_FEED_FORWARD)
     for preset in PRESETS
 }
-TOKENS = "token_embedding"
 
 
 @dataclass(frozen=True)

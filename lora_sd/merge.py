@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.errors import AdapterError
-from lora_sd.inject import adaptable_layers
+from lora_sd.layer_names import adaptable_layers
 from lora_sd.layers import add_to_bias, restore_bias
 from lora_sd.parts import Scales
 
@@ -20,8 +19,8 @@ from lora_sd.parts import Scales
 class MergedWeights:
     """The weights of some models, with any adapters merged into them at any scales.
 
-    Generation then costs exactly what the base costs. Layers must not be wrapped or removed while
-    this is in use.
+    Generation then costs exactly what the base costs. Layers must not be wrapped or taken out while
+    anything is merged.
 
     Args:
         components: the models by the name that begins their layers' names: {'unet': unet}.
@@ -42,7 +41,6 @@ class MergedWeights:
         shapes = {name: layer.weight.shape for name, layer in self._layers.items()}
         wanted: dict[str, list[tuple[LoRAWeights, float]]] = {}
         for adapter, scale in adapters:
-            _check_layers_exist(adapter, self._layers)
             adapter.check_fits(shapes, "the adapter")
             scales = scale if isinstance(scale, Scales) else Scales(scale)
             for name, weights in adapter.layers.items():
@@ -68,11 +66,3 @@ class MergedWeights:
         """Put the base weights back and forget the copies."""
         self.set([])
         self._kept.clear()
-
-
-def _check_layers_exist(adapter: Adapter, layers: Mapping[str, object]) -> None:
-    for name in adapter.layers:
-        if name not in layers:
-            raise AdapterError(
-                f"The adapter was made for another model: this one has no layer '{name}'."
-            )

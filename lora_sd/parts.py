@@ -12,6 +12,8 @@ from torch import Size
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 BLOCKS = (*(f"down.{n}" for n in range(4)), "mid", *(f"up.{n}" for n in range(4)))
+TOKENS = "token_embedding"
+"""How the full name of a text encoder's token table ends."""
 REST = "rest"
 """The block of layers outside the blocks: conv_in, conv_out, the time embedding."""
 

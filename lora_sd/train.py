@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from lora_sd import adapter_metadata, checkpoint, clients, inject, layer_choice, loss
+from lora_sd import adapter_metadata, checkpoint, clients, inject, layer_choice, layer_names, loss
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
 from lora_sd.config import Config
@@ -60,7 +60,12 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
     """
     # --- where to compute ---
     options = config.train
-    accelerator = Accelerator(mixed_precision=_precision(options.mixed_precision))
+    accelerator = Accelerator(
+        mixed_precision=_precision(options.mixed_precision),
+        kwargs_handlers=[  # a layer that is left out has no gradient
+            DistributedDataParallelKwargs(find_unused_parameters=config.adapter.module_dropout > 0)
+        ],
+    )
     device, is_main = accelerator.device, accelerator.is_main_process
     world, rank = accelerator.num_processes, accelerator.process_index
     step_pictures = options.batch_size * options.gradient_accumulation * world
@@ -80,7 +85,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             base.check_size(resolution)
         adapted = base.components if config.adapter.text_encoder else {"unet": base.unet}
         plans = layer_choice.choose_layers(
-            inject.layer_shapes(adapted), **config.adapter.layer_choice()
+            layer_names.layer_shapes(adapted), **config.adapter.layer_choice()
         )
     problems.tell()
     identity = checkpoint.Identity(config.model_dump(), folder.fingerprint, base.fingerprint())
@@ -393,7 +398,7 @@ def _draw_samples(
 ) -> None:
     """Draw the sample pictures; a failure is logged, and training goes on."""
     if accelerator.is_main_process:
-        base.unet.eval()
+        base.eval()
         with _pictures_may_fail(f"The samples of step {step}"), accelerator.autocast():
             pictures = generate(base, settings, on_step)
             for index, (picture, one) in enumerate(zip(pictures, settings, strict=True)):
@@ -409,9 +414,9 @@ def _draw_grid(
     on_step: OnStep,
 ) -> None:
     """Draw every prompt at every scale from the adapter's file, as a user of it would."""
-    base.unet.eval()
+    base.eval()
     with _pictures_may_fail("The grid"):
-        adapter = load_adapter(run.adapter_file, inject.layer_shapes(base.components))
+        adapter = load_adapter(run.adapter_file, layer_names.layer_shapes(base.components))
         merged = MergedWeights(base.components)
         rows = generate_at_scales(base, merged, adapter, scales, settings, on_step)
         labels = [f"scale {scale:g}" for scale in scales]

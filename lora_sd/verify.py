@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Size
 
-from lora_sd import clients, inject
+from lora_sd import clients, layer_names
 from lora_sd.adapter import Adapter
 from lora_sd.algebra.comparison import SAME_UPDATE, Comparison, compare, largest_absolute_error
 from lora_sd.clients.metadata import metadata_notes
@@ -149,7 +149,7 @@ def _shapes(family: str, live: Adapter | None, base: "BaseModel | None") -> dict
     if family in FAMILIES:
         return layer_shapes(family)
     if base is not None:
-        return inject.layer_shapes(base.components)
+        return layer_names.layer_shapes(base.components)
     if live is not None:
         return {name: layer.weight_shape for name, layer in live.layers.items()}
     raise AdapterError(

@@ -21,7 +21,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from lora_sd import inject, layer_choice
+from lora_sd import inject, layer_choice, layer_names
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel, load_base_model
 
@@ -69,7 +69,7 @@ def choose(
 ) -> list[layer_choice.LayerPlan]:
     """Layers of a small UNet or of its parts, with ranks that fit all of them."""
     options = {"rank": 2, "alpha": 2, "conv_rank": 3, "conv_alpha": 1, **changes}
-    return layer_choice.choose_layers(inject.layer_shapes(unet), preset, **options)
+    return layer_choice.choose_layers(layer_names.layer_shapes(unet), preset, **options)
 
 
 def randomise(unet: nn.Module) -> None:

@@ -271,7 +271,7 @@ def test_strict_loading_tells_every_difference_and_loads_nothing():
 
 def test_a_layer_with_an_up_bias_or_alone_keeps_its_state():
     nets = [nn.Sequential(LinearLoRA.alone(4, 3, 2), LinearLoRA(nn.Linear(3, 3), 2, up_bias=True))]
-    nets.append(LinearLoRA(nn.Linear(4, 3), 2, dora=True))
+    nets.append(LinearLoRA(nn.Linear(4, 3), 2, dora="output"))
     for net in nets:
         state = {key: tensor + 1 for key, tensor in lora_state_dict(net).items()}
         state |= {key: tensor - 1 for key, tensor in state.items() if key.endswith("alpha")}

@@ -14,7 +14,7 @@ from lora_sd.data.folder import read_folder
 from lora_sd.formats import load_adapter
 from lora_sd.formats.layer_tables import EMBEDDED
 from lora_sd.generate import PictureSettings, generate
-from lora_sd.inject import layer_shapes
+from lora_sd.layer_names import layer_shapes
 from lora_sd.run_folder import RunFolder
 from tools import demo
 from tools.tiny_sd.evaluate import fixed_requests

@@ -6,7 +6,7 @@ import pytest
 import torch
 from make_adapters import random_adapter
 
-from lora_sd import inject
+from lora_sd import layer_names
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import load_base_model
 from lora_sd.errors import AdapterError
@@ -121,7 +121,7 @@ def test_one_foreign_layer_does_not_hide_the_family(path):
 def test_the_layers_of_tiny_sd_are_those_of_the_model():
     base = load_base_model("tiny-sd", torch.device("cpu"), torch.float32)
     models = {"unet": base.unet, "text_encoder": base.text_encoder}
-    assert inject.layer_shapes(models).items() <= layer_shapes("tiny-sd").items()
+    assert layer_names.layer_shapes(models).items() <= layer_shapes("tiny-sd").items()
 
 
 def test_a_header_is_read_and_judged_in_a_moment(path):

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from lora_sd import inject
+from lora_sd import inject, layer_names
 from lora_sd.durable import sha256_bytes
 from lora_sd.errors import AdapterError
 from lora_sd.formats import load_adapter, save_adapter
@@ -32,7 +32,7 @@ def file(adapter, tmp_path):
 
 @pytest.fixture
 def shapes(unet):
-    return inject.layer_shapes(unet)
+    return layer_names.layer_shapes(unet)
 
 
 def test_saved_and_loaded_is_the_same(adapter, file, shapes):
@@ -71,7 +71,7 @@ def test_the_keys_of_every_layer_are_those_of_lycoris(family):
     known = json.loads((PROJECT / "tests" / "data" / "kohya_keys.json").read_text())[family]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(known["unet"])
-    keys = keys_of(inject.layer_shapes(unet), is_sdxl=False)
+    keys = keys_of(layer_names.layer_shapes(unet), is_sdxl=False)
     assert sorted(keys.values()) == known["lycoris_full"]
 
 
@@ -86,7 +86,9 @@ def test_diffusers_draws_the_same_picture(base, tmp_path, preset):
 
     plain = np.asarray(generate(base, settings)[0], dtype=int)
     merged = MergedWeights({"unet": base.unet})
-    merged.set([(load_adapter(tmp_path / "a.safetensors", inject.layer_shapes(base.unet)), 1.0)])
+    merged.set(
+        [(load_adapter(tmp_path / "a.safetensors", layer_names.layer_shapes(base.unet)), 1.0)]
+    )
     ours = np.asarray(generate(base, settings)[0], dtype=int)
     merged.clear()
     pipeline = base.pipeline()
@@ -208,4 +210,4 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, shapes):
 
 def test_an_adapter_of_another_size_of_model_is_refused(file):
     with pytest.raises(AdapterError, match="another"):
-        load_adapter(file, inject.layer_shapes(make_unet(block_out_channels=(8, 24))))
+        load_adapter(file, layer_names.layer_shapes(make_unet(block_out_channels=(8, 24))))

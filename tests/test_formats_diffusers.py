@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_sd import inject, layer_choice
+from lora_sd import layer_choice, layer_names
 from lora_sd.adapter import Adapter
 from lora_sd.errors import AdapterError
 from lora_sd.formats import load_adapter, save_adapter
@@ -35,7 +35,7 @@ def models(base):
 
 @pytest.fixture
 def shapes(models):
-    return inject.layer_shapes(models)
+    return layer_names.layer_shapes(models)
 
 
 def saved(adapter: Adapter, tmp_path, **options):
@@ -137,7 +137,7 @@ def test_diffusers_loads_kohya_s_format_at_our_scale(base, models, shapes, tmp_p
 def test_diffusers_loads_an_sdxl_unet_s_layers_at_our_scale(tmp_path, format):
     unet = make_sdxl_unet()
     adapter = random_adapter(
-        inject.layer_shapes({"unet": unet}), ranks=(1, 2), alphas=(1.0, 0.5, 3.0)
+        layer_names.layer_shapes({"unet": unet}), ranks=(1, 2), alphas=(1.0, 0.5, 3.0)
     )
     path, _ = saved(adapter, tmp_path, format=format)
     tensors, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
@@ -231,7 +231,9 @@ def test_dora_of_peft_is_read(models, shapes, tmp_path):
     adapter = load_adapter(save_with_diffusers(models, tmp_path), shapes)
     for name, layer in peft_layers(models).items():
         layer.merge()
-        base = dict(inject.adaptable_layers({"unet": make_unet()}))  # the same seed, not merged
+        base = dict(
+            layer_names.adaptable_layers({"unet": make_unet()})
+        )  # the same seed, not merged
         if name.startswith("unet."):
             before = base[name].weight
             merged = before + adapter.layers[name].delta(before)

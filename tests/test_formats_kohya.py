@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Size, nn
 
-from lora_sd import inject
+from lora_sd import layer_names
 from lora_sd.adapter import Adapter
 from lora_sd.clients.tables import load_tables
 from lora_sd.errors import AdapterError
@@ -43,14 +43,14 @@ def path(tmp_path):
 
 @pytest.fixture
 def shapes(unet):
-    return {**inject.layer_shapes({"unet": unet}), **TEXT_SHAPES}
+    return {**layer_names.layer_shapes({"unet": unet}), **TEXT_SHAPES}
 
 
 def written_by_lycoris(unet: nn.Module, path, **options) -> dict[str, LoConModule]:
     """A LyCORIS LoCon for every layer, as if trained; its file, and its modules by full name."""
     torch.manual_seed(8)
     modules, tensors = {}, {}
-    layers = inject.adaptable_layers({"unet": unet})
+    layers = layer_names.adaptable_layers({"unet": unet})
     keys = keys_of({name: layer.weight.shape for name, layer in layers.items()}, is_sdxl=False)
     for name, layer in layers.items():
         module = LoConModule(keys[name], layer, lora_dim=3, alpha=1.5, **options)
@@ -121,7 +121,7 @@ def test_a_layer_of_sdxl_alone_has_the_same_key_as_in_the_whole():
 @pytest.mark.parametrize("layers_per_block", [1, 2])
 def test_an_sdxl_unet_of_any_layout_comes_back(path, layers_per_block):
     unet = make_sdxl_unet(layers_per_block=layers_per_block)
-    shapes = inject.layer_shapes({"unet": unet})
+    shapes = layer_names.layer_shapes({"unet": unet})
     adapter = random_adapter(shapes)
     assert not save_adapter(adapter, path, torch.float32)
     keys = load_file(path)
@@ -131,7 +131,7 @@ def test_an_sdxl_unet_of_any_layout_comes_back(path, layers_per_block):
 
 
 def test_sdxl_in_diffusers_names_is_read(path):
-    shapes = inject.layer_shapes({"unet": make_sdxl_unet()})
+    shapes = layer_names.layer_shapes({"unet": make_sdxl_unet()})
     adapter = random_adapter(shapes)
     tensors = {}
     for name, key in keys_of(shapes, is_sdxl=False).items():
@@ -324,6 +324,6 @@ def test_what_does_not_fit_is_refused_or_left_out_and_said(path, shapes, problem
 
 
 def test_nothing_that_fits_is_refused_even_when_a_part_is_allowed(path):
-    save_adapter(random_adapter(inject.layer_shapes({"unet": make_unet()})), path)
+    save_adapter(random_adapter(layer_names.layer_shapes({"unet": make_unet()})), path)
     with pytest.raises(AdapterError, match="another shape"):
         load_adapter(path, {"unet.conv_in": Size((9, 4, 3, 3))}, allow_partial=True)

@@ -7,7 +7,7 @@ import torch
 from conftest import choose, make_parts, make_unet, randomise
 from torch import nn
 
-from lora_sd import inject, layer_choice
+from lora_sd import inject, layer_choice, layer_names
 from lora_sd.errors import AdapterError, ConfigError
 from lora_sd.layers import ConvLoRA, EmbeddingLoRA, LayerOptions
 from lora_sd.parts import Scales
@@ -151,7 +151,7 @@ def test_rank_0_leaves_the_linear_layers_or_the_convolutions_alone(unet):
 
 def test_layers_of_text_encoders_are_called_text_model_whatever_transformers_says():
     parts = make_parts()
-    names = {name for name in inject.layer_shapes(parts) if not name.startswith("unet.")}
+    names = {name for name in layer_names.layer_shapes(parts) if not name.startswith("unet.")}
     own = {name for name, _ in parts["text_encoder"].named_modules()}
     attention = "text_model.encoder.layers.0.self_attn.q_proj"
     assert not any(name.startswith("text_model") for name in own)  # else nothing is renamed here
@@ -397,7 +397,7 @@ def test_a_half_precision_unet_trains_under_autocast(unet, unet_inputs, options)
 def test_an_adapter_is_planned_on_a_model_without_weights(unet, options):
     with torch.device("meta"):
         empty = make_unet()
-    assert inject.layer_shapes(empty) == inject.layer_shapes(unet)
+    assert layer_names.layer_shapes(empty) == layer_names.layer_shapes(unet)
     layers = inject.attach(empty, choose(empty, "full"), LayerOptions(**options))
     assert all(weight.is_meta for weight in empty.parameters())
     real = inject.attach(unet, choose(unet, "full"), LayerOptions(**options))

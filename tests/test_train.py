@@ -18,7 +18,7 @@ from lora_sd import train as trainer
 from lora_sd.config import config_from_values
 from lora_sd.errors import EXIT_RESUMABLE, RunError, UserError
 from lora_sd.formats import load_adapter
-from lora_sd.inject import layer_shapes
+from lora_sd.layer_names import layer_shapes
 from lora_sd.run_folder import RunFolder
 
 Settings = dict[str, dict]

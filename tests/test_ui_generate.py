@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_sd import inject, layer_choice
+from lora_sd import inject, layer_choice, layer_names
 from lora_sd.base_model import load_base_model
 from lora_sd.errors import UserError
 from lora_sd.formats import save_adapter
@@ -31,7 +31,9 @@ def finished_run(outputs: Path, name: str = "run") -> RunFolder:
     run.path.mkdir(parents=True)
     run.config_file.write_text("base: {model: tiny-sd}\nsample: {prompts: [an owl]}\n")
     base = load_base_model("tiny-sd", torch.device("cpu"), torch.float32)
-    plans = layer_choice.choose_layers(inject.layer_shapes(base.unet), "attention", 4, 4.0, 4, 4.0)
+    plans = layer_choice.choose_layers(
+        layer_names.layer_shapes(base.unet), "attention", 4, 4.0, 4, 4.0
+    )
     layers = inject.attach(base.unet, plans)
     for layer in layers.values():
         torch.nn.init.normal_(layer.lora_up.weight, std=0.3)

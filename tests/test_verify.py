@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_sd import inject, layer_choice
+from lora_sd import inject, layer_choice, layer_names
 from lora_sd.adapter import Adapter, LoRAWeights
 from lora_sd.base_model import BaseModel, load_base_model
 from lora_sd.errors import AdapterError
@@ -175,7 +175,7 @@ def test_what_diffusers_itself_refuses_or_reads_otherwise(tiny: BaseModel, tmp_p
 
 
 def test_a_model_that_is_known_by_its_base_alone(base: BaseModel, tmp_path: Path) -> None:
-    shapes = inject.layer_shapes(base.components)
+    shapes = layer_names.layer_shapes(base.components)
     layers = {
         name: LoRAWeights(torch.randn(1, *s[1:]), torch.randn(s[0], 1, *(1 for _ in s[2:])), 1.0)
         for name, s in shapes.items()

@@ -18,7 +18,7 @@ from lora_sd.base_model import BaseModel, load_base_model, pick_device
 from lora_sd.errors import RunError, run_program
 from lora_sd.formats import load_adapter
 from lora_sd.generate import PictureSettings, generate, generate_at_scales
-from lora_sd.inject import layer_shapes
+from lora_sd.layer_names import layer_shapes
 from lora_sd.merge import MergedWeights
 from lora_sd.run_folder import RunFolder, list_runs
 from tools.tiny_sd.measure import (

@@ -17,7 +17,7 @@ from torch import Size, Tensor
 from lora_sd.base_files.original import OPEN_CLIP, UNET, Piece, from_original
 from lora_sd.base_files.tensor_stream import StoredTensor, read_header
 from lora_sd.errors import BaseModelError, shown_list
-from lora_sd.formats.layer_tables import EMBEDDED, FAMILIES, layer_shapes
+from lora_sd.formats.layer_tables import EMBEDDED, family_of
 
 WEIGHTS = {  # component: name of its weights, without '.safetensors'
     "unet": "diffusion_pytorch_model",
@@ -132,13 +132,7 @@ class BaseFiles:
     @cached_property
     def family(self) -> str:
         """'tiny-sd', 'sd15', 'sd21' or 'sdxl', by the shapes of the UNet's layers, or ''."""
-        unet = {name: shape for name, shape in self.shapes.items() if name.startswith("unet.")}
-        for family in FAMILIES:
-            shapes = layer_shapes(family)
-            known = {name: shape for name, shape in shapes.items() if name.startswith("unet.")}
-            if known == unet:
-                return family
-        return ""
+        return family_of(self.shapes)
 
 
 def open_base(name: str) -> BaseFiles:

@@ -5,14 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_sd.base_files import BaseFiles
+from lora_sd.formats import versions
+from lora_sd.formats.versions import ARCHITECTURES
 
-VERSIONS = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-ARCHITECTURES = {
-    "sd_v1": "stable-diffusion-v1",
-    "sd_v2": "stable-diffusion-v2-512",
-    "sd_v2_v": "stable-diffusion-v2-768-v",
-    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
-}
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 
 
@@ -25,8 +20,8 @@ def predicts_v(base: BaseFiles) -> bool:
 
 def kohya_version(base: BaseFiles) -> str:
     """`ss_base_model_version`, or the model's own name where it is none that kohya knows."""
-    version = VERSIONS.get(base.family, Path(base.name).stem)
-    return f"{version}_v" if version == "sd_v2" and predicts_v(base) else version
+    prediction_type = "v_prediction" if predicts_v(base) else "epsilon"
+    return versions.kohya_version(base.family, prediction_type) or Path(base.name).stem
 
 
 def adapter_metadata(base: BaseFiles) -> dict[str, str]:

@@ -6,6 +6,7 @@ its own weights.
 """
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,19 @@ def layer_shapes(family: str) -> dict[str, Size]:
         return _tiny_sd()
     table = json.loads(DATA.read_text())[family]
     return {name: Size(shape) for name, shape in table.items()}
+
+
+def family_of(shapes: Mapping[str, Size]) -> str:
+    """The family whose UNet has these layers, by weight shapes of full layer names; '': none.
+
+    Text encoders are not compared: single files of SD 2.1 hold a layer more than folders.
+    """
+    unet = {name: shape for name, shape in shapes.items() if name.startswith("unet.")}
+    for family in FAMILIES:
+        known = layer_shapes(family)
+        if unet == {name: known[name] for name in known if name.startswith("unet.")}:
+            return family
+    return ""
 
 
 def _tiny_sd() -> dict[str, Size]:

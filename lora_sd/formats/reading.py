@@ -79,7 +79,7 @@ def load_adapter(path: Path, shapes: Mapping[str, Size], allow_partial: bool = F
     What was read otherwise than the file says is told in the metadata, under 'lora_sd.note'.
 
     Args:
-        shapes: weight shape of each layer of the model (`inject.layer_shapes`).
+        shapes: weight shape of each layer of the model (`layer_names.layer_shapes`).
         allow_partial: leave out what does not fit, instead of refusing the file.
 
     Raises:

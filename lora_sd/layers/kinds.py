@@ -4,6 +4,7 @@ from typing import Any, Self, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from lora_sd.layers.layer import LoRALayer, innermost
 
@@ -26,8 +27,8 @@ class LinearLoRA(LoRALayer):
         return _without_base(cls(nn.Linear(in_features, out_features), rank, alpha, **opts))
 
     def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
-        down = nn.Linear(self.base.in_features, rank, bias=False)
-        return down, nn.Linear(rank, self.base.out_features, bias=up_bias)
+        down = skip_init(nn.Linear, self.base.in_features, rank, bias=False)
+        return down, skip_init(nn.Linear, rank, self.base.out_features, bias=up_bias)
 
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -80,7 +81,8 @@ class ConvLoRA(LoRALayer):
             raise ValueError(
                 f"rank {rank} is no multiple of the convolution's {base.groups} groups"
             )
-        down = nn.Conv2d(
+        down = skip_init(
+            nn.Conv2d,
             base.in_channels,
             rank,
             base.kernel_size,
@@ -91,7 +93,9 @@ class ConvLoRA(LoRALayer):
             bias=False,
             padding_mode=base.padding_mode,
         )
-        return down, nn.Conv2d(rank, base.out_channels, 1, groups=base.groups, bias=up_bias)
+        return down, skip_init(
+            nn.Conv2d, rank, base.out_channels, 1, groups=base.groups, bias=up_bias
+        )
 
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:
         # nn.Conv2d's own way of padding, for padding modes other than zeros
@@ -125,8 +129,8 @@ class EmbeddingLoRA(LoRALayer):
     base: nn.Embedding
 
     def _factors(self, rank: int, up_bias: bool) -> tuple[nn.Module, nn.Module]:
-        down = nn.Linear(self.base.num_embeddings, rank, bias=False)
-        return down, nn.Linear(rank, self.base.embedding_dim, bias=up_bias)
+        down = skip_init(nn.Linear, self.base.num_embeddings, rank, bias=False)
+        return down, skip_init(nn.Linear, rank, self.base.embedding_dim, bias=up_bias)
 
     def _init_view(self) -> Tensor:
         transposed: Tensor = self.lora_down.weight.T

@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
-from lora_sd.adapter import LoRAWeights, delta_weight, norms
+from lora_sd.adapter import LoRAWeights, delta_weight, in_file_precision, norms
 from lora_sd.layers.starts import INITS
 
 Adaptable = nn.Linear | nn.Conv2d | nn.Embedding
@@ -154,11 +154,22 @@ class LoRALayer(nn.Module):
         """The base layer's bias."""
         return getattr(self.base, "bias", None)
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the update, or that of an adapter inside, is in the base's weight."""
+        inside = isinstance(self.base, LoRALayer) and self.base.is_merged
+        return self._kept is not None or inside
+
     def set_scale(self, scale: float | Tensor) -> None:
         """Set the scale: a number, or a tensor (samples,) of one for each sample of a batch.
 
         A batch may be a multiple of the samples, as guidance makes it: they are then repeated.
+
+        Raises:
+            ValueError: a tensor, for a merged layer.
         """
+        if self._kept is not None and isinstance(scale, Tensor):
+            raise ValueError("a merged adapter has one scale for all samples: unmerge it first")
         self.scale = scale if isinstance(scale, Tensor) else float(scale)
         if self._kept is not None:
             self.unmerge()
@@ -199,6 +210,8 @@ class LoRALayer(nn.Module):
         The norm is a constant in the backward pass, as section 4.3 of the paper has it.
         """
         plain = innermost(self.base)
+        if isinstance(self.base, LoRALayer) and self.base.is_merged:
+            raise ValueError("DoRA over a merged adapter has lost its base: unmerge that first")
         weight = self.weight.detach().float()
         ratio = magnitude / norms(weight + self._weight_update(), magnitude.shape)
         if magnitude.shape == magnitude_shape(weight.shape, "output"):
@@ -271,11 +284,11 @@ class LoRALayer(nn.Module):
     def _start_at_principal_components(self) -> None:
         if self.scaling <= 0:
             raise ValueError("PiSSA needs an alpha above 0")
-        if getattr(self.base, "groups", 1) != 1:
+        if getattr(innermost(self.base), "groups", 1) != 1:
             raise ValueError("PiSSA has no form for grouped convolutions")
         down, up = self.lora_down.weight, self.lora_up.weight
         matrix = innermost(self.base).weight.float().flatten(1)
-        if isinstance(self.base, nn.Embedding):
+        if isinstance(innermost(self.base), nn.Embedding):
             matrix = matrix.T
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         root = (values[: self.rank] / self.scaling).sqrt()
@@ -371,11 +384,6 @@ class LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         scale = f"{self.scale:g}" if isinstance(self.scale, float) else "by sample"
         return f"rank={self.rank}, alpha={self.alpha:g}, scale={scale}"
-
-
-def in_file_precision(alpha: float) -> float:
-    """An alpha as files hold it, in float32, so that a layer and its file agree to the bit."""
-    return float(torch.tensor(alpha, dtype=torch.float32))
 
 
 def innermost(layer: nn.Module) -> Any:

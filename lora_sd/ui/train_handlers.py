@@ -98,7 +98,7 @@ class TrainHandlers:
 
     def layers(self, form: Mapping[str, Any]) -> LayersShown:
         """Which layers the settings choose, from the base's files alone; no model is loaded."""
-        from lora_sd import clients, layer_choice
+        from lora_sd import clients, layer_choice, parts
         from lora_sd.base_files import open_base
         from lora_sd.layers import LayerOptions
 
@@ -116,7 +116,7 @@ class TrainHandlers:
         options = LayerOptions(**config.adapter.layer_options())
         bytes_per_weight = 4 if config.output.dtype == "float32" else 2
         names = [plan.name for plan in plans]
-        has_tokens = any(name.endswith(layer_choice.TOKENS) for name in names)
+        has_tokens = any(name.endswith(parts.TOKENS) for name in names)
         auto = "diffusers" if has_tokens or options.up_bias or options.dora == "output" else "kohya"
         file_format = auto if config.output.format == "auto" else config.output.format
         return LayersShown(

@@ -81,7 +81,7 @@ def format_of(path: Path) -> str:
 def named_for(metadata: dict[str, str], family: str) -> dict[str, str]:
     """The metadata, saying also which family it is for where it did not: A1111 hides adapters that
     it takes for another family's."""
-    from lora_sd.base_files.metadata import ARCHITECTURES, VERSIONS
+    from lora_sd.formats.versions import ARCHITECTURES, VERSIONS
 
     if "ss_base_model_version" in metadata or family not in VERSIONS:
         return metadata
