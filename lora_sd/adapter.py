@@ -69,6 +69,12 @@ class LoRAWeights:
         return self.down.shape[0]
 
     @property
+    def size(self) -> int:
+        """How many numbers it holds, alpha left out."""
+        tensors = (self.down, self.up, self.up_bias, self.magnitude)
+        return sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+    @property
     def scaling(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank

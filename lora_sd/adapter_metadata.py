@@ -1,9 +1,10 @@
 """What an adapter's file says about how it was made, and the settings read back out of it.
 
 `ss_*` keys are kohya's, which A1111, Forge and kohya's tools show; `modelspec.*` is Stability's
-ModelSpec 1.0.1; `lora_sd.*` is our own: the whole configuration and the loss curve. No path, no
-file name and no time is among them, so that the same run gives the same file; the date is that of
-the run's start, or of SOURCE_DATE_EPOCH (reproducible-builds.org).
+ModelSpec 1.0.1; `lora_sd.*` is our own: the whole configuration and the loss curve. No path and no
+name of a picture is among them, and no time: the same run under the same name gives the same file
+on the same day. The date is that of the run's start, or of SOURCE_DATE_EPOCH
+(reproducible-builds.org); `sshs_model_hash` never depends on it.
 """
 
 import base64
@@ -129,21 +130,27 @@ def settings_like(path: Path) -> dict[str, Any]:
         values = json.loads(text)
         if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
             raise ValueError
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(
             f"'{path}' does not say how it was trained: only adapters of this trainer do. Use "
             f"--config."
         ) from None
-    return values
+    return _without_places(values)
 
 
 def shared_config(config: Config) -> dict[str, Any]:
     """The configuration as it goes into the file: nothing of where things lie on this machine."""
-    values = config.model_dump()
-    del values["data"]["folder"], values["output"]["folder"], values["output"]["name"]
-    if _is_private(config.base.model):
-        del values["base"]["model"]
-    return values
+    return _without_places(config.model_dump())
+
+
+def _without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that say where things lie on a machine."""
+    kept = {group: dict(settings) for group, settings in values.items()}
+    for group, name in (("data", "folder"), ("output", "folder"), ("output", "name")):
+        kept.get(group, {}).pop(name, None)
+    if _is_private(str(kept.get("base", {}).get("model", ""))):
+        kept.get("base", {}).pop("model", None)
+    return kept
 
 
 def text_learning_rate(config: Config) -> float:

@@ -17,7 +17,7 @@ What can be adapted: `nn.Linear`, `nn.Conv2d` and `nn.Embedding`, wherever they 
 Classes derived from these are left alone, since models may use their weights without calling them,
 as `nn.MultiheadAttention` does with its own. A layer used in several places is adapted once.
 
-`target_modules` holds patterns over the layers' paths, as in `inject`:
+`target_modules` holds patterns over the layers' paths, as in `patterns`:
 
     'attention.query'     every layer whose path ends in it, at a dot
     'encoder.*'           a glob over the whole path
@@ -34,7 +34,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_sd import inject, layer_choice
+from lora_sd import inject, patterns
 from lora_sd.adapter import LoRAWeights
 from lora_sd.errors import AdapterError, ConfigError, shown_list
 from lora_sd.layer_choice import LayerPlan
@@ -257,14 +257,14 @@ def _choose(model: nn.Module, config: LoraConfig) -> list[str]:
     problems: list[str] = []
     chosen: set[str] = set()
     for pattern in config.target_modules:
-        if wrong := layer_choice.invalid_pattern(pattern):
+        if wrong := patterns.invalid_pattern(pattern):
             problems.append(wrong)
         elif taken := _matching(pattern, adapted):
             problems.append(f"'{pattern}' names layers adapted already: {shown_list(taken)}.")
         elif named := _matching(pattern, layers):
             chosen.update(named)
         else:
-            near = layer_choice.nearest_layers(pattern, layers)
+            near = patterns.nearest_layers(pattern, layers)
             problems.append(f"'target_modules': no layer matches '{pattern}'.{near}")
     problems += _rank_problems(config.r, {path: layers[path] for path in chosen})
     if problems:
@@ -274,7 +274,7 @@ def _choose(model: nn.Module, config: LoraConfig) -> list[str]:
 
 def _matching(pattern: str, paths: Mapping[str, nn.Module]) -> list[str]:
     """The paths that a pattern names."""
-    return [path for path in paths if layer_choice.matches(pattern, f"{ROOT}.{path}")]
+    return [path for path in paths if patterns.matches(pattern, f"{ROOT}.{path}")]
 
 
 def _rank_problems(rank: int, layers: Mapping[str, Adaptable]) -> list[str]:

@@ -73,7 +73,8 @@ class AdapterGroup(Group):
     feed-forward layers); helps with new words, and overfits sooner."""
     include: list[str] = []
     """Patterns of further layers to adapt: a name's ending ('attn2.to_k'), a glob ('up_blocks.*'),
-    a regular expression ('re:...') or a block ('block:mid', 'block:up.1/conv')."""
+    a regular expression ('re:...') or a block ('block:mid', 'block:up.1/conv'). With text_encoder,
+    'token_embedding' adapts its tokens."""
     exclude: list[str] = []
     """Patterns of layers to leave alone; they win over preset and include."""
     rank: int = Field(16, ge=0, le=1024)
@@ -114,7 +115,7 @@ class AdapterGroup(Group):
 
     def layer_choice(self) -> dict[str, Any]:
         """Which layers, as `layer_choice.choose_layers` takes it."""
-        return self.model_dump(exclude={"text_encoder", *LAYER_OPTIONS})
+        return self.model_dump(exclude={"text_encoder", *LAYER_OPTIONS}) | {"rs": self.rs}
 
     def layer_options(self) -> dict[str, Any]:
         """How each layer is made, as `layers.LayerOptions` takes it."""
@@ -411,4 +412,6 @@ def _sentence(detail: ErrorDetails) -> str:
         known = setting_names() if "." in name else list(Config.model_fields)
         return f"There is no setting '{name}'.{nearest(name, known)}"
     message = detail["msg"].removeprefix("Value error, ")
+    if isinstance(detail["input"], dict):  # settings that do not go together
+        return f"'{name}': {message}."
     return f"'{name}' is {detail['input']!r}: {message[:1].lower()}{message[1:]}."

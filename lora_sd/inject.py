@@ -140,11 +140,15 @@ def set_scale(
             layer.set_scale(scale)
 
 
-def collect(model: Model, adapter_name: str = "default") -> Adapter:
-    """A copy of what an adapter's layers hold, on the CPU."""
+def collect(model: Model, adapter_name: str = "default", exact: bool = False) -> Adapter:
+    """A copy of what an adapter's layers hold, on the CPU.
+
+    Args:
+        exact: in the form from which training goes on to the bit (`LoRALayer.weights`).
+    """
     return Adapter(
         {
-            name: layer.weights().to("cpu", copy=True)
+            name: layer.weights(exact).to("cpu", copy=True)
             for name, layer in lora_layers(model, adapter_name).items()
         }
     )

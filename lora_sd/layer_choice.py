@@ -1,28 +1,23 @@
 """Which layers of a model are adapted, and with what rank: presets, patterns, rules.
 
-Only names and shapes are looked at, so that a choice can be shown before anything is loaded. A
-pattern names layers by their full name (as in `adapter`), or by the path behind the component:
-
-    'attn2.to_k'        every layer whose path ends in it, at a dot
-    'up_blocks.1.*'     a glob over the whole path
-    're:.*attn1.*to_v'  a regular expression over the whole path
-    'block:up.1'        a block: down.0 to down.3, mid, up.0 to up.3, rest, text_encoder;
-                        'block:mid/conv' and 'block:mid/linear' only its convolutions or the others
+Only names and shapes are looked at, so that a choice can be shown before anything is loaded.
+Patterns are explained in `patterns`.
 """
 
-import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
+import torch
 from torch import Size
 
+from lora_sd.adapter import Adapter, LoRAWeights
 from lora_sd.errors import ConfigError, shown_list
-from lora_sd.layers import LayerOptions, rank_limit
-from lora_sd.parts import TEXT_ENCODERS, TOKENS, block_of, component_of, is_conv
+from lora_sd.layers import LayerOptions, magnitude_shape, rank_limit
+from lora_sd.parts import ATTENTION, TEXT_ATTENTION, TEXT_ENCODERS, TOKENS, component_of, is_conv
+from lora_sd.patterns import invalid_pattern, is_meant, nearest_layers
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 CONVOLUTION = (
     "re:.*resnets\\.\\d+\\.conv[12]",
@@ -35,8 +30,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "attention-conv": ATTENTION + FEED_FORWARD + CONVOLUTION,
     "full": ("*",),
 }
-# All four of the attention or none: A1111 and diffusers drop or refuse anything less.
-TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_FEED_FORWARD = ("mlp.fc1", "mlp.fc2")
 TEXT_PRESETS: dict[str, tuple[str, ...]] = {
     preset: TEXT_ATTENTION + (() if preset == "attention" else TEXT_FEED_FORWARD)
@@ -46,19 +39,37 @@ TEXT_PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to adapt, by its full name, with the rank and alpha it gets."""
+    """One layer to adapt, by its full name, with the rank and alpha it gets.
+
+    `clamped_from` is the rank it was meant to have, where the layer is too small for that.
+    """
 
     name: str
     rank: int
     alpha: float
     weight_shape: Size
+    clamped_from: int = 0
 
-    def weights(self, options: LayerOptions) -> int:
-        """How many numbers its part of a file holds, without alpha."""
-        outputs, inputs = self.weight_shape[0], self.weight_shape[1:].numel()
-        ranks = 2 * self.rank if options.init == "pissa" else self.rank
-        extra = 0 if self.name.endswith(TOKENS) else (options.dora != "off") + options.up_bias
-        return ranks * (inputs + outputs) + outputs * extra
+    def planned(self, options: LayerOptions) -> LoRAWeights:
+        """What its part of a file will be, on the meta device: shapes without numbers."""
+        is_tokens = self.name.endswith(TOKENS)
+        outputs, inputs = self.weight_shape[0], self.weight_shape[1:]
+        if is_tokens:
+            outputs, inputs = self.weight_shape[1], self.weight_shape[:1]
+        rank = 2 * self.rank if options.init == "pissa" else self.rank
+        ones = [1] * (len(self.weight_shape) - 2)
+        norms = None
+        with torch.device("meta"):
+            if options.dora != "off" and not is_tokens:
+                norms = torch.empty(magnitude_shape(self.weight_shape, options.dora))
+            bias = torch.empty(outputs) if options.up_bias and not is_tokens else None
+            down, up = torch.empty(rank, *inputs), torch.empty(outputs, rank, *ones)
+        return LoRAWeights(down, up, self.alpha, bias, norms, is_tokens)
+
+
+def planned_adapter(plans: Sequence[LayerPlan], options: LayerOptions) -> Adapter:
+    """The adapter that training will make, on the meta device: shapes without numbers."""
+    return Adapter({plan.name: plan.planned(options) for plan in plans})
 
 
 def choose_layers(
@@ -72,6 +83,7 @@ def choose_layers(
     exclude: Sequence[str] = (),
     ranks: Sequence[str] = (),
     clamp_ranks: bool = False,
+    rs: bool = False,
 ) -> list[LayerPlan]:
     """The layers that a preset and patterns name, in the model's order.
 
@@ -80,11 +92,12 @@ def choose_layers(
     pattern of `include` that ends in its name.
 
     Args:
-        shapes: weight shape of every layer of the model (`layer_shapes`); no weights are needed.
+        shapes: weight shape of every layer of the model (`layer_names`); no weights are needed.
         ranks: ranks of their own for some of the chosen layers, 'PATTERN=RANK' or
             'PATTERN=RANK:ALPHA'; without alpha the scaling stays. The last that fits counts.
         clamp_ranks: give a layer too small for its rank its limit, at the same scaling, instead of
             an error.
+        rs: whether the scaling is alpha / sqrt(rank).
 
     Raises:
         ConfigError: a pattern that matches nothing, nothing chosen at all, or ranks above a
@@ -95,11 +108,10 @@ def choose_layers(
 
     def usable(setting: str, pattern: str, names: Iterable[str]) -> bool:
         wrong = invalid_pattern(pattern)
-        if not wrong and not any(_is_meant(pattern, name, shapes[name]) for name in names):
-            wrong = f"'adapter.{setting}': no layer matches '{pattern}'."
-            wrong += nearest_layers(pattern, shapes)
+        if not wrong and not any(is_meant(pattern, name, shapes[name]) for name in names):
+            wrong = f"no layer matches '{pattern}'.{nearest_layers(pattern, shapes)}"
         if wrong:
-            problems.append(wrong)
+            problems.append(f"'adapter.{setting}': {wrong}")
         return not wrong
 
     include = [p for p in include if usable("include", p, shapes)]
@@ -108,31 +120,29 @@ def choose_layers(
     for name, shape in shapes.items():
         presets = TEXT_PRESETS if component_of(name) in TEXT_ENCODERS else PRESETS
         wanted = [*(() if name.endswith(TOKENS) else presets[preset]), *include]
-        if any(_is_meant(pattern, name, shape) for pattern in wanted) and not any(
-            _is_meant(pattern, name, shape) for pattern in exclude
+        if any(is_meant(pattern, name, shape) for pattern in wanted) and not any(
+            is_meant(pattern, name, shape) for pattern in exclude
         ):
             chosen.append(name)
     rules = [rule for rule in rules if usable("ranks", rule.pattern, chosen)]
     plans, too_large = [], []
     for name in chosen:
         shape = shapes[name]
-        conv = is_conv(shape)
-        layer_rank, given = (conv_rank, conv_alpha) if conv else (rank, alpha)
-        layer_alpha = float(layer_rank if given is None else given)
-        setting = "adapter.conv_rank" if conv else "adapter.rank"
-        scaling = 1.0
-        for rule in rules:
-            if _is_meant(rule.pattern, name, shape):
-                scaling = layer_alpha / layer_rank if layer_rank else scaling
-                layer_alpha = scaling * rule.rank if rule.alpha is None else rule.alpha
-                layer_rank, setting = rule.rank, "adapter.ranks"
+        first = (
+            _RankRule("adapter.conv_rank", conv_rank, conv_alpha)
+            if is_conv(shape)
+            else _RankRule("adapter.rank", rank, alpha)
+        )
+        own = [rule for rule in rules if is_meant(rule.pattern, name, shape)]
+        wanted_rank, wanted_alpha = _ruled(first, own, rs)
         limit = rank_limit(shape)
-        if layer_rank > limit and clamp_ranks:
-            layer_rank, layer_alpha = limit, layer_alpha * limit / layer_rank
-        if layer_rank > limit:
-            too_large.append((setting, layer_rank, limit, name))
-        if layer_rank:
-            plans.append(LayerPlan(name, layer_rank, layer_alpha, shape))
+        if wanted_rank > limit and not clamp_ranks:
+            too_large.append(((own or [first])[-1], limit, name))
+        elif wanted_rank > limit:
+            clamped = wanted_alpha * _divisor(limit, rs) / _divisor(wanted_rank, rs)
+            plans.append(LayerPlan(name, limit, clamped, shape, wanted_rank))
+        elif wanted_rank:
+            plans.append(LayerPlan(name, wanted_rank, wanted_alpha, shape))
     problems += _too_large(too_large)
     if not plans and not problems:
         problems.append(
@@ -164,43 +174,40 @@ def describe(
             f"  {len(members):4d} x {kind:<{width}} rank {'/'.join(map(str, ranks)):<4} "
             f"alpha {'/'.join(f'{alpha:g}' for alpha in alphas)}"
         )
-    weights = sum(plan.weights(options) for plan in plans)
+    weights = sum(layer.size for layer in planned_adapter(plans, options).layers.values())
     lines.append(
         f"  {len(plans):4d} layers, {weights:,} parameters, "
         f"{weights * bytes_per_weight / 1e6:.1f} MB file"
     )
+    if clamped := [plan for plan in plans if plan.clamped_from]:
+        names = shown_list([plan.name.removeprefix("unet.") for plan in clamped], 3)
+        lines.append(f"  Too small for the rank, and given the largest they allow: {names}.")
     return "\n".join(lines)
-
-
-def matches(pattern: str, name: str, conv: bool = False) -> bool:
-    """Whether a layer's full name fits a pattern (module docstring).
-
-    Args:
-        conv: whether the layer is a convolution with a kernel above 1 x 1.
-    """
-    if pattern.startswith("block:"):
-        block, _, kind = pattern[6:].partition("/")
-        return block == block_of(name) and kind in ("", "conv" if conv else "linear")
-    path = name.partition(".")[2]
-    if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], one) for one in (path, name))
-    if any(sign in pattern for sign in "*?["):
-        return any(fnmatch.fnmatchcase(one, pattern) for one in (path, name))
-    return name == pattern or name.endswith(f".{pattern}")
-
-
-def _is_meant(pattern: str, name: str, shape: Size) -> bool:
-    """Whether a pattern names a layer; a token table only by its own name."""
-    if name.endswith(TOKENS) and not pattern.endswith(TOKENS):
-        return False
-    return matches(pattern, name, is_conv(shape))
 
 
 @dataclass(frozen=True)
 class _RankRule:
+    """A rank and alpha for the layers of a pattern, or by a setting of that name."""
+
     pattern: str
     rank: int
     alpha: float | None
+
+
+def _divisor(rank: int, rs: bool) -> float:
+    """What alpha is divided by."""
+    return math.sqrt(rank) if rs else rank
+
+
+def _ruled(first: _RankRule, rules: Sequence[_RankRule], rs: bool) -> tuple[int, float]:
+    """(rank, alpha) of a layer after the rules that fit it; without an alpha the scaling stays."""
+    rank, alpha = first.rank, float(first.rank if first.alpha is None else first.alpha)
+    scaling = alpha / _divisor(rank, rs) if rank else 1.0
+    for rule in rules:
+        rank = rule.rank
+        alpha = scaling * _divisor(rank, rs) if rule.alpha is None else rule.alpha
+        scaling = alpha / _divisor(rank, rs) if rank else scaling
+    return rank, alpha
 
 
 def _rank_rule(text: str, problems: list[str]) -> _RankRule | None:
@@ -215,15 +222,21 @@ def _rank_rule(text: str, problems: list[str]) -> _RankRule | None:
     return _RankRule(found[1], int(found[2]), float(found[3]) if found[3] else None)
 
 
-def _too_large(entries: Sequence[tuple[str, int, int, str]]) -> list[str]:
-    """A sentence for each setting that asks more of layers than they allow."""
+def _too_large(entries: Sequence[tuple[_RankRule, int, str]]) -> list[str]:
+    """A sentence for each rule that asks more of layers than they allow: (rule, limit, layer)."""
     sentences = []
-    for setting in sorted({entry[0] for entry in entries}):
-        mine = [entry for entry in entries if entry[0] == setting]
-        limit = min(entry[2] for entry in mine)
-        names = [entry[3].removeprefix("unet.") for entry in mine if entry[2] == limit]
+    for rule in dict.fromkeys(entry[0] for entry in entries):
+        mine = [entry for entry in entries if entry[0] == rule]
+        limit = min(entry[1] for entry in mine)
+        names = [entry[2].removeprefix("unet.") for entry in mine if entry[1] == limit]
+        is_setting = rule.pattern.startswith("adapter.")
+        what = (
+            f"'{rule.pattern}' is {rule.rank}"
+            if is_setting
+            else (f"'adapter.ranks' gives '{rule.pattern}' {rule.rank}")
+        )
         sentences.append(
-            f"'{setting}' is {mine[0][1]}, but {shown_list(names, 2)} "
+            f"{what}, but {shown_list(names, 2)} "
             f"{'allow' if len(names) > 1 else 'allows'} at most {limit}. Set it to {limit} or "
             f"less, exclude the layer, or set adapter.clamp_ranks."
         )
@@ -237,24 +250,3 @@ def _kind(name: str) -> str:
         return f"{component} {'.'.join(path.split('.')[-2:])}"
     blocks = r"(down_blocks|up_blocks|attentions|transformer_blocks)\.\d+\.|mid_block\."
     return re.sub(r"s\.\d+\.(?=conv|time|\d)", "s.", re.sub(blocks, "", path))
-
-
-def invalid_pattern(pattern: str) -> str:
-    """The sentence about a pattern that is no valid regular expression; '' when it is fine."""
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            return f"'{pattern}' is not a valid regular expression: {error}."
-    return ""
-
-
-def nearest_layers(pattern: str, layers: Iterable[str]) -> str:
-    """' Did you mean ...?' with the nearest path endings of as many parts as the pattern has."""
-    if pattern.startswith("block:"):
-        blocks = dict.fromkeys(block_of(name) for name in layers)
-        return f" The blocks are {', '.join(blocks)}."
-    depth = pattern.count(".") + 1
-    endings = sorted({".".join(name.split(".")[-depth:]) for name in layers})
-    near = get_close_matches(pattern.removeprefix("re:"), endings, n=2, cutoff=0.0)
-    return f" Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""

@@ -12,6 +12,8 @@ from torch import Size
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 BLOCKS = (*(f"down.{n}" for n in range(4)), "mid", *(f"up.{n}" for n in range(4)))
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 TOKENS = "token_embedding"
 """How the full name of a text encoder's token table ends."""
 REST = "rest"

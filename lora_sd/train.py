@@ -87,11 +87,14 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         plans = layer_choice.choose_layers(
             layer_names.layer_shapes(adapted), **config.adapter.layer_choice()
         )
+        planned = layer_choice.planned_adapter(plans, layer_options)
+        file_format, format_notices = fitting_format(planned, config.output.format)
+        if config.output.format not in ("auto", file_format):
+            raise ConfigError(f"'output.format': {' '.join(format_notices)}")
     problems.tell()
     identity = checkpoint.Identity(config.model_dump(), folder.fingerprint, base.fingerprint())
     layers = inject.attach(base.components, plans, layer_options, options.seed)
     trains_text = any(component_of(name) in TEXT_ENCODERS for name in layers)
-    file_format, format_notices = _file_format(config, base)
     run = resumed or _new_run(config, default_name, accelerator)
 
     with RunRecord(run, options.steps, is_main) as record:
@@ -130,7 +133,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                     }
                     if accelerator.scaler is not None:
                         state["scaler"] = accelerator.scaler.state_dict()
-                    adapter = inject.collect(base.components)
+                    adapter = inject.collect(base.components, exact=True)
                     adapter.metadata = adapter_metadata.describe_run(config, base, run.name)
                     keep = config.output.keep_checkpoints
                     checkpoint.save(run, step, adapter, state, identity, keep)
@@ -139,13 +142,14 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         # --- what stays the same while training: latents, text embeddings, the noise schedule ---
         log.info("Run folder: %s", run.path)
         log.info("Adapted layers (preset '%s'):", config.adapter.preset)
-        log.info("%s", layer_choice.describe(plans, layer_options))
+        bytes_per_weight = getattr(torch, config.output.dtype).itemsize
+        log.info("%s", layer_choice.describe(plans, layer_options, bytes_per_weight))
         record.state("starting", "encoding the pictures", step)
         cache, notices = encode(base, folder.examples, beat, as_tokens=trains_text)
-        ignored = clients.ignored_layers(
-            layers, base.family, file_format, layer_options.up_bias, layer_options.dora
-        )
-        for notice in [*format_notices, *ignored, *folder.notices, *notices]:
+        told = list(format_notices)
+        if file_format == "kohya":  # diffusers' is for diffusers alone
+            told += clients.ignored_layers(planned, base.family, file_format)
+        for notice in [*told, *folder.notices, *notices]:
             log.warning("Note: %s", notice)
         noise_schedule = base.noise_schedule()
         if options.gradient_checkpointing:
@@ -241,7 +245,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                 **adapter_metadata.describe_data([e.caption for e in folder.examples], resolution),
                 **adapter_metadata.describe_result(run, run.sample_file(step, 0)),
             }
-            verified = _save_and_verify(adapter, run, base, config.output.dtype, file_format)
+            verified = _save_and_verify(adapter, run, base, config.output.dtype, file_format, told)
             if samples and config.sample.scales:
                 record.state("sampling", "drawing the grid of scales")
                 inject.detach(base.components)
@@ -268,24 +272,6 @@ def _parameter_groups(layers: dict[str, LoRALayer], config: Config) -> list[dict
         {"params": members, "lr": rate, "weight_decay": decay}
         for (rate, decay), members in groups.items()
     ]
-
-
-def _file_format(config: Config, base: BaseModel) -> tuple[str, list[str]]:
-    """(format of the result, what to tell of it).
-
-    Raises:
-        ConfigError: kohya's format is asked for and cannot hold the adapter.
-    """
-    by_output = config.adapter.dora == "output"  # whose norms kohya's clients misread
-    auto = "diffusers" if by_output else "kohya"
-    wanted = auto if config.output.format == "auto" else config.output.format
-    fitting, notices = fitting_format(inject.collect(base.components), wanted)
-    if config.output.format not in ("auto", fitting):
-        raise ConfigError(
-            [f"'output.format' is '{wanted}'. {sentence}" for sentence in notices]
-            or f"'output.format' cannot be '{wanted}' for this adapter."
-        )
-    return fitting, notices
 
 
 def _precision(asked: str) -> str:
@@ -436,17 +422,28 @@ def _pictures_may_fail(what: str) -> Iterator[None]:
 
 
 def _save_and_verify(
-    adapter: Adapter, run: RunFolder, base: BaseModel, dtype: str, file_format: str
+    adapter: Adapter,
+    run: RunFolder,
+    base: BaseModel,
+    dtype: str,
+    file_format: str,
+    told: Sequence[str],
 ) -> str:
-    """Write the result, read it back, and say how it compares with what was trained."""
+    """Write the result, read it back, and say how it compares with what was trained.
+
+    Args:
+        told: what was said before the start, and need not be said again.
+    """
     notices = save_adapter(adapter, run.adapter_file, getattr(torch, dtype), file_format)
     log.info("Adapter: %s", run.adapter_file)
     for notice in notices:
-        log.warning("Note: %s", notice)
+        if notice not in told:
+            log.warning("Note: %s", notice)
     report = check_file(run.adapter_file, base.family, adapter, base)
     log.info("Read back: %s", report.summary())
     for line in report.lines():
-        log.info("  %s", line)
+        if line not in told:
+            log.info("  %s", line)
     return report.summary()
 
 

@@ -1,6 +1,7 @@
 """What each client does with a file, as running the clients themselves has shown."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from lora_sd.clients.sentences import layer_of_keys, sentences
 from lora_sd.clients.stand_in import stand_in_tables
 from lora_sd.formats import diffusers, kohya
 from lora_sd.formats.layer_tables import layer_shapes
-from lora_sd.layer_choice import choose_layers
+from lora_sd.layer_choice import LayerPlan, choose_layers, planned_adapter
+from lora_sd.layers import LayerOptions
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 OUTSIDE = {"sd15": 4, "sd21": 4, "sdxl": 6}  # conv_in, conv_out, time and label embeddings
@@ -265,21 +267,45 @@ def test_the_naming_rules_agree_with_the_tables(
     assert [reports_of(tensors, family) for tensors in files] == known
 
 
+def planned(names: list[str], family: str, **options: Any) -> Adapter:
+    """An adapter of these layers as it is planned before training; unknown layers are 8 x 8."""
+    shapes = {**layer_shapes("tiny-sd"), **layer_shapes(family)}
+    plans = [LayerPlan(name, 1, 1.0, shapes.get(name, Size((8, 8)))) for name in names]
+    return planned_adapter(plans, LayerOptions(**options))
+
+
 def test_what_is_ignored_is_known_before_training() -> None:
-    names = names_of("sd15", "full")
-    outside = [n for n in names if n.startswith(("unet.conv_", "unet.time_"))]
+    full = planned(names_of("sd15", "full"), "sd15")
+    outside = [n for n in full.layers if n.startswith(("unet.conv_", "unet.time_"))]
     for family in ("sd15", "tiny-sd", "unknown"):
-        assert clients.ignored(outside + names_of("tiny-sd"), family, "kohya") == {"kohya": outside}
-    assert clients.ignored(names_of("sd15"), "sd15", "kohya") == {}
-    assert clients.ignored_layers(names_of("sd15"), "sd15", "kohya") == []
-    assert set(clients.ignored(names, "sd15", "diffusers")) == {*TITLES} - {"diffusers"}
+        some = planned(outside + names_of("tiny-sd"), "sd15")
+        assert clients.ignored(some, family, "kohya") == {"kohya": outside}
+    usual = planned(names_of("sd15"), "sd15")
+    assert clients.ignored(usual, "sd15", "kohya") == {}
+    assert clients.ignored_layers(usual, "sd15", "kohya") == []
+    assert set(clients.ignored(full, "sd15", "diffusers")) == {*TITLES} - {"diffusers"}
+
+
+def test_who_misreads_dora_is_known_before_training() -> None:
+    names = names_of("sd15")
+    by_input = " ".join(
+        clients.ignored_layers(planned(names, "sd15", dora="input"), "sd15", "kohya")
+    )
+    assert "In diffusers and kohya's tools" in by_input
+    assert "ComfyUI" not in by_input and "A1111" not in by_input and "InvokeAI" not in by_input
+    by_output = " ".join(
+        clients.ignored_layers(planned(names, "sd15", dora="output"), "sd15", "kohya")
+    )
+    assert "In ComfyUI and Forge the file is read otherwise than meant" in by_output
+    assert "In A1111 and InvokeAI the file is read otherwise than meant" in by_output
+    assert "LyCORIS" not in by_output
 
 
 def test_q_and_v_of_a_text_encoder_are_made_whole_on_saving() -> None:
     names = [
         n for n in names_of("sd15") if n.startswith("unet.") or n.endswith(("q_proj", "v_proj"))
     ]
-    assert clients.ignored(names, "sd15", "kohya") == {}
+    assert clients.ignored(planned(names, "sd15"), "sd15", "kohya") == {}
 
 
 def test_metadata_that_clients_trip_over() -> None:

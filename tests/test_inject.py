@@ -1,13 +1,15 @@
 """Choosing layers of a model, attaching, detaching and collecting adapters."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import choose, make_parts, make_unet, randomise
 from torch import nn
 
-from lora_sd import inject, layer_choice, layer_names
+from lora_sd import inject, layer_choice, layer_names, patterns
+from lora_sd.adapter import Adapter
 from lora_sd.errors import AdapterError, ConfigError
 from lora_sd.layers import ConvLoRA, EmbeddingLoRA, LayerOptions
 from lora_sd.parts import Scales
@@ -51,9 +53,7 @@ def test_patterns_add_and_remove_layers(unet):
 
 
 def test_a_suffix_matches_at_a_dot_only():
-    assert layer_choice.matches("to_q", "attn1.to_q") and not layer_choice.matches(
-        "to_q", "attn1.not_to_q"
-    )
+    assert patterns.matches("to_q", "attn1.to_q") and not patterns.matches("to_q", "attn1.not_to_q")
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest(unet):
@@ -136,7 +136,9 @@ def test_a_rank_that_cannot_be_read_is_told(unet, rule):
 def test_a_rank_for_a_layer_that_is_not_chosen_or_too_small_is_told(unet):
     with pytest.raises(ConfigError, match=r"'adapter.ranks': no layer matches 'conv_in'"):
         choose(unet, "attention", ranks=["conv_in=4"])
-    with pytest.raises(ConfigError, match=r"'adapter.ranks' is 30, but 'conv_in' allows at most 8"):
+    with pytest.raises(
+        ConfigError, match="'adapter.ranks' gives 'conv_in' 30, but 'conv_in' allows"
+    ):
         ranks_of(unet, "conv_in=30")
     assert ranks_of(unet, "conv_in=30:15", clamp_ranks=True)["conv_in"] == (8, 4)
 
@@ -419,3 +421,40 @@ def test_loading_tells_every_difference_at_once(unet):
 def test_what_matched_is_described_with_counts_and_size(unet):
     text = layer_choice.describe(choose(unet))
     assert "attn1.to_q" in text and "resnets.conv1" in text and "MB file" in text
+
+
+@pytest.mark.parametrize("rs", [False, True])
+def test_ruled_and_clamped_layers_keep_their_scaling(unet, rs):
+    plans = choose(
+        unet, "full", rank=4, alpha=2, conv_rank=64, conv_alpha=32, ranks=["to_q=1"],
+        clamp_ranks=True, rs=rs,
+    )  # fmt: skip
+    layers = inject.attach(unet, plans, LayerOptions(rs=rs))
+    assert {layer.rank for layer in layers.values()} > {1, 4}
+    linear, conv = (2 / 2, 32 / 8) if rs else (2 / 4, 32 / 64)
+    for plan in plans:
+        wanted = conv if len(plan.weight_shape) == 4 and plan.weight_shape[2] > 1 else linear
+        assert layers[plan.name].scaling == pytest.approx(wanted), plan.name
+
+
+def test_a_pattern_for_the_text_encoder_says_how_to_turn_it_on(unet):
+    with pytest.raises(ConfigError, match="turn on adapter.text_encoder"):
+        choose(unet, include=["token_embedding"])
+
+
+@pytest.mark.parametrize("alpha", [0.1, 16 * 8**0.5])
+def test_an_alpha_that_float32_does_not_hold_attaches(unet, adapter, alpha):
+    layers = {name: replace(one, alpha=alpha) for name, one in adapter.layers.items()}
+    attached = inject.attach_adapter(unet, Adapter(layers))
+    assert {layer.alpha for layer in attached.values()} == {
+        layer.alpha for layer in Adapter(layers).layers.values()
+    }
+
+
+def test_dora_over_a_merged_adapter_is_refused(unet, unet_inputs, adapter):
+    attach_named(unet, "cat", 2)
+    attach_named(unet, "ink", 2, dora="input")
+    for layer in inject.lora_layers(unet, "cat").values():
+        layer.merge()
+    with pytest.raises(ValueError, match="has lost its base"):
+        unet(*unet_inputs)

@@ -3,7 +3,6 @@
 from copy import deepcopy
 from dataclasses import asdict, replace
 
-import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from lora_sd.layers import (
     LinearLoRA,
     LoRALayer,
     rank_limit,
+    wrapper_of,
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -199,10 +199,10 @@ def test_a_layer_is_its_formula(data, scale):
 def test_what_a_layer_returns_another_one_loads_to_the_bit(data):
     layer, x = data.draw(adapted())
     fresh = deepcopy(layer)
-    weights = train_a_little(layer).weights()
+    weights = train_a_little(layer).weights(exact=True)
     fresh.load(weights)
     assert torch.equal(fresh(x), layer(x))
-    again = fresh.weights()
+    again = fresh.weights(exact=True)
     for part in ("down", "up", "up_bias", "magnitude"):
         one, other = getattr(weights, part), getattr(again, part)
         assert one is other is None or same_bits(one, other)
@@ -514,3 +514,30 @@ def test_loading_into_a_merged_layer_merges_anew():
     torch.testing.assert_close(layer.weight, expected)
     layer.unmerge()
     assert torch.equal(layer.weight, before)
+
+
+def test_a_merged_layer_takes_no_scales_by_sample_and_stays_as_it_is():
+    layer = train_a_little(LinearLoRA(nn.Linear(6, 5), 2, merged=True))
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="unmerge it first"):
+        layer.set_scale(torch.tensor([0.0, 1.0]))
+    assert layer.scale == 1 and torch.equal(layer.weight, before)
+
+
+def test_making_a_layer_draws_nothing_from_the_global_generator():
+    bases = nn.Linear(6, 5), nn.Conv2d(4, 4, 3), nn.Embedding(9, 4)
+    before = torch.get_rng_state()
+    for base in bases:
+        wrapper_of(base)(base, 2, generator=torch.Generator())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_what_pissa_has_learnt_survives_half_precision(dtype, most):
+    torch.manual_seed(0)
+    layer = LinearLoRA(nn.Linear(64, 64), 8, init=PISSA)
+    for factor in (layer.lora_down, layer.lora_up):  # a little learnt, beside large factors
+        factor.weight.data += 1e-4 * torch.randn_like(factor.weight)
+    weights, delta = layer.weights(), layer.weights(exact=True).delta()
+    stored = replace(weights, down=weights.down.to(dtype), up=weights.up.to(dtype))
+    assert (stored.delta() - delta).norm() < most * delta.norm()

@@ -1,17 +1,19 @@
 """Every kind of adapter trains, resumes bit for bit, and leaves a file that says what it is."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_train import losses, resume, stop_at, tensors, train
 
 import train_sd_lora
 from lora_sd import train as trainer
 from lora_sd.config import config_from_values
-from lora_sd.errors import EXIT_RESUMABLE, ConfigError
+from lora_sd.errors import EXIT_RESUMABLE, ConfigError, UserError
 from lora_sd.formats import load_adapter
 from lora_sd.layer_names import layer_shapes
 from lora_sd.run_folder import RunFolder
@@ -69,7 +71,7 @@ def test_up_bias_goes_into_diffusers_format_and_is_refused_in_kohya_s(run_settin
     assert "lora_adapter_metadata" in metadata_of(run.adapter_file)
     assert "kohya's format has no place for up-biases" in run.log_file.read_text()
     run_settings["output"] |= {"format": "kohya", "name": "refused"}
-    with pytest.raises(ConfigError, match="'output.format' is 'kohya'.*up-biases"):
+    with pytest.raises(UserError, match="kohya's format has no place for up-biases"):
         train(run_settings)
     assert not run.path.with_name("refused").exists()
 
@@ -133,3 +135,28 @@ def test_a_bfloat16_base_with_checkpointing_and_dora_learns(run_settings):
     run_settings["adapter"] |= {"text_encoder": True, "dora": "input"}
     run_settings["train"]["gradient_checkpointing"] = True
     assert all(torch.isfinite(torch.tensor(losses(train(run_settings)))))
+
+
+def test_sample_pictures_are_drawn_without_dropout(run_settings, monkeypatch):
+    training = []
+    original = trainer.generate
+
+    def watched(base, *arguments):
+        training.extend(part.training for part in base.components.values())
+        return original(base, *arguments)
+
+    monkeypatch.setattr(trainer, "generate", watched)
+    run_settings["adapter"] |= {"text_encoder": True, "dropout": 0.5}
+    run_settings["sample"] = {"prompts": ["a red wall"], "steps": 2, "every_steps": 3}
+    train(run_settings)
+    assert len(training) > 4 and not any(training)
+
+
+def test_the_announced_size_is_the_file_s(run_settings):
+    run_settings["output"]["dtype"] = "float32"
+    run_settings["adapter"] |= {"dora": "input", "text_encoder": True, "rank": 4}
+    run = train(run_settings)
+    announced = float(re.search(r"([\d.]+) MB file", run.log_file.read_text())[1])
+    tensors = load_file(run.adapter_file)
+    stored = sum(4 * one.numel() for key, one in tensors.items() if "alpha" not in key)
+    assert announced == round(stored / 1e6, 1)

@@ -52,7 +52,7 @@ def save_adapter(
     metadata.pop("ss_network_args", None)
     metadata |= kohya.network_metadata(adapter)
     if not exact:
-        adapter, added = with_whole_attention(adapter, need_one=format == "diffusers")
+        adapter, added = with_whole_attention(adapter, format)
         if added:
             notices.append(
                 f"{added} text-encoder attention layers that do nothing were added to the file: "
@@ -62,7 +62,8 @@ def save_adapter(
         tensors = diffusers.to_tensors(adapter, dtype)
         metadata |= {"format": "pt", diffusers.CONFIG_KEY: diffusers.lora_config(adapter)}
     else:
-        tensors = kohya.to_tensors(adapter if exact else with_one_alpha(adapter), dtype)
+        adapter = adapter if exact else with_one_alpha(adapter)
+        tensors = kohya.to_tensors(adapter, dtype)
     write_tensors(path, tensors, metadata)
     return notices + _underflow(adapter, dtype)
 
@@ -71,9 +72,13 @@ def fitting_format(adapter: Adapter, wanted: str) -> tuple[str, list[str]]:
     """(format that can hold the adapter, sentences on why it is not the wanted one).
 
     Args:
-        wanted: one of FORMATS.
+        wanted: one of FORMATS; or 'auto': kohya's, but diffusers' for DoRA by output, which most of
+            kohya's clients misread.
     """
     layers = adapter.layers.values()
+    if wanted == "auto":
+        magnitudes = [one.magnitude for one in layers if one.magnitude is not None]
+        wanted = "diffusers" if any(one.shape[0] > 1 for one in magnitudes) else "kohya"
     only_peft = [
         what
         for what, there in (
@@ -89,14 +94,13 @@ def fitting_format(adapter: Adapter, wanted: str) -> tuple[str, list[str]]:
         ]
     if only_peft and wanted == "kohya":
         return "diffusers", [
-            f"kohya's format has no place for {' and '.join(only_peft)}, so the adapter is saved "
-            f"in diffusers' format. A1111, Forge, InvokeAI, kohya's tools and LyCORIS cannot read "
-            f"it, and ComfyUI reads a part."
+            f"kohya's format has no place for {' and '.join(only_peft)}; diffusers' has, which "
+            f"A1111, Forge, InvokeAI, kohya's tools and LyCORIS cannot read, and ComfyUI only in "
+            f"part."
         ]
     if wanted == "diffusers" and not diffusers.holds_magnitudes(adapter):
         return "kohya", [
-            "diffusers' format has no place for DoRA in some layers only or for its input axis, so "
-            "the adapter is saved in kohya's format."
+            "diffusers' format has no place for DoRA in some layers only, or by input; kohya's has."
         ]
     return wanted, []
 

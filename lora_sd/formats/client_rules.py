@@ -12,10 +12,9 @@ from dataclasses import replace
 import torch
 
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.parts import TEXT_ENCODERS, component_of
+from lora_sd.parts import ATTENTION, TEXT_ATTENTION, TEXT_ENCODERS, component_of
 
-UNET_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
-TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+UNET_ATTENTION = tuple(f".{name}" for name in ATTENTION)
 
 
 def with_one_alpha(adapter: Adapter) -> Adapter:
@@ -36,14 +35,12 @@ def with_one_alpha(adapter: Adapter) -> Adapter:
     return Adapter(layers, adapter.metadata)
 
 
-def with_whole_attention(adapter: Adapter, need_one: bool = False) -> tuple[Adapter, int]:
-    """The same adapter with all four attention layers in each text-encoder block that has one.
+def with_whole_attention(adapter: Adapter, format: str) -> tuple[Adapter, int]:
+    """The same adapter with the text-encoder attention that clients want to see.
 
-    The missing ones are added with factors of zeros, of rank 1.
-
-    Args:
-        need_one: add a text encoder's first block also when it has no attention layer at all:
-            diffusers refuses its own format without one.
+    kohya's format: all four layers in each block that has one. diffusers': any one in a text
+    encoder, without which diffusers refuses it. What is missing is added with factors of zeros, of
+    rank 1.
 
     Returns:
         the adapter and how many layers were added.
@@ -56,8 +53,9 @@ def with_whole_attention(adapter: Adapter, need_one: bool = False) -> tuple[Adap
             for name, layer in mine.items()
             if ".self_attn." in name
         }
-        if mine and not blocks and need_one:
-            blocks = {f"{encoder}.text_model.encoder.layers.0.self_attn.": _width(mine)}
+        if format == "diffusers":
+            first = f"{encoder}.text_model.encoder.layers.0.self_attn."
+            blocks = {first: _width(mine)} if mine and not blocks else {}
         for block, width in blocks.items():
             like = next(iter(mine.values()))
             down, up = torch.zeros(1, width), torch.zeros(width, 1)

@@ -296,16 +296,23 @@ class LoRALayer(nn.Module):
         up.copy_((left[:, : self.rank] * root).reshape(up.shape))
         self.down_start, self.up_start = down.detach().clone(), up.detach().clone()
 
-    def weights(self) -> LoRAWeights:
+    def weights(self, exact: bool = False) -> LoRAWeights:
         """What the layer has learnt, detached and not copied, as an adapter's file means it.
 
-        rsLoRA's scaling is folded into alpha; PiSSA's start is subtracted by as many ranks again.
+        rsLoRA's scaling is folded into alpha. PiSSA's start is subtracted by as many ranks again:
+        up @ down - up_start @ down_start, written as (up - up_start) @ down + up_start @ (down -
+        down_start), since the difference of two large products would drown in float16's rounding.
+
+        Args:
+            exact: the factors of PiSSA as they are, from which `load` takes them to the bit.
         """
         down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach()
         alpha = in_file_precision(self.scaling * self.rank) if self.rs else self.alpha
         if self.down_start is not None and self.up_start is not None:
-            down = torch.cat([down, self.down_start])
-            up = torch.cat([up, -self.up_start], dim=1)
+            left = up if exact else up - self.up_start
+            right = self.down_start if exact else down - self.down_start
+            down = torch.cat([down, right])
+            up = torch.cat([left, -self.up_start if exact else self.up_start], dim=1)
             alpha *= 2
         return LoRAWeights(
             down,
@@ -318,7 +325,7 @@ class LoRALayer(nn.Module):
 
     def difference(self, weights: LoRAWeights) -> str:
         """What of `weights` this layer cannot take over: 'has rank 4, not 8'; '' when it can."""
-        mine = self.weights()
+        mine = self.weights(exact=True)
         for what, have, given in (
             ("rank", mine.rank, weights.rank),
             ("shape", tuple(mine.weight_shape), tuple(weights.weight_shape)),
@@ -336,14 +343,14 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def load(self, weights: LoRAWeights) -> None:
-        """Take over what `weights` returned once, to the bit.
+        """Take over what `weights(exact=True)` returned once, to the bit.
 
         Raises:
             ValueError: they are another layer's; the sentence says in what.
         """
         if different := self.difference(weights):
             raise ValueError(different)
-        mine, merged = self.weights(), self._kept is not None
+        mine, merged = self.weights(exact=True), self._kept is not None
         self.unmerge()
         self.lora_down.weight.copy_(weights.down[: self.rank])
         self.lora_up.weight.copy_(weights.up[:, : weights.up.shape[1] * self.rank // mine.rank])

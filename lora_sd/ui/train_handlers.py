@@ -98,8 +98,9 @@ class TrainHandlers:
 
     def layers(self, form: Mapping[str, Any]) -> LayersShown:
         """Which layers the settings choose, from the base's files alone; no model is loaded."""
-        from lora_sd import clients, layer_choice, parts
+        from lora_sd import clients, layer_choice
         from lora_sd.base_files import open_base
+        from lora_sd.formats import fitting_format
         from lora_sd.layers import LayerOptions
 
         try:
@@ -115,14 +116,11 @@ class TrainHandlers:
             return LayersShown(problems=[fields.in_page_words(one) for one in error.problems])
         options = LayerOptions(**config.adapter.layer_options())
         bytes_per_weight = 4 if config.output.dtype == "float32" else 2
-        names = [plan.name for plan in plans]
-        has_tokens = any(name.endswith(parts.TOKENS) for name in names)
-        auto = "diffusers" if has_tokens or options.up_bias or options.dora == "output" else "kohya"
-        file_format = auto if config.output.format == "auto" else config.output.format
-        return LayersShown(
-            layer_choice.describe(plans, options, bytes_per_weight),
-            clients.ignored_layers(names, base.family, file_format, options.up_bias, options.dora),
-        )
+        planned = layer_choice.planned_adapter(plans, options)
+        file_format, notices = fitting_format(planned, config.output.format)
+        if file_format == "kohya":
+            notices = notices + clients.ignored_layers(planned, base.family, file_format)
+        return LayersShown(layer_choice.describe(plans, options, bytes_per_weight), notices)
 
     def start(
         self, form: Mapping[str, Any], source: object, folder_id: object, upload: Mapping[str, Any]
