@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
             raise RunError(f"'{line.resume}' is not a run folder: it holds no config.yaml.")
         values, default_name = read_yaml(run.config_file), run.name
     elif line.like is not None:
-        values, default_name = line.over(_settings_like(line)), line.like.stem
+        settings, default_name = _settings_like(line)
+        values = line.over(settings)
     elif line.config_file is not None:
         values, default_name = line.over(read_yaml(line.config_file)), line.config_file.stem
         if line.config_file.name == "config.yaml":  # a run's own, to run it again
@@ -36,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     return train(config, default_name, run)
 
 
-def _settings_like(line: CommandLine) -> dict[str, Any]:
-    """The settings in an adapter's file; what it leaves out must be on the command line.
+def _settings_like(line: CommandLine) -> tuple[dict[str, Any], str]:
+    """(settings, name) in an adapter's file; what it leaves out must be on the command line.
 
     Raises:
         ConfigError: all that is missing, at once.
@@ -45,7 +46,7 @@ def _settings_like(line: CommandLine) -> dict[str, Any]:
     from lora_sd.adapter_metadata import settings_like
 
     assert line.like is not None
-    values = settings_like(line.like)
+    values, name = settings_like(line.like)
     missing = []
     if "folder" not in line.flags.get("data", {}):
         missing.append("where its pictures lie: add --data.folder")
@@ -53,7 +54,7 @@ def _settings_like(line: CommandLine) -> dict[str, Any]:
         missing.append("where its base model lies: add --base.model")
     if missing:
         raise ConfigError([f"'{line.like}' does not say {what}." for what in missing])
-    return values
+    return values, name
 
 
 if __name__ == "__main__":

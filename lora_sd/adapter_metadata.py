@@ -117,17 +117,17 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     ]
 
 
-def settings_like(path: Path) -> dict[str, Any]:
-    """The settings that an adapter of ours was trained with, unchecked, for `config_from_values`.
+def settings_like(path: Path) -> tuple[dict[str, Any], str]:
+    """(settings, unchecked, for `config_from_values`; name) that an adapter of ours was trained by.
 
     Where the pictures lie is not among them, nor a base model that lies in a folder.
 
     Raises:
         UserError: no adapter file, or none of ours.
     """
-    text = read_header(path).metadata.get(CONFIG, "")
+    metadata = read_header(path).metadata
     try:
-        values = json.loads(text)
+        values = json.loads(metadata.get(CONFIG, ""))
         if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
             raise ValueError
     except (ValueError, RecursionError):
@@ -135,7 +135,7 @@ def settings_like(path: Path) -> dict[str, Any]:
             f"'{path}' does not say how it was trained: only adapters of this trainer do. Use "
             f"--config."
         ) from None
-    return _without_places(values)
+    return _without_places(values), metadata.get("ss_output_name", path.stem)
 
 
 def shared_config(config: Config) -> dict[str, Any]:

@@ -175,6 +175,11 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> Base
             f"'{name}' is not a diffusers folder: it holds no model_index.json. Name the folder "
             f"that does, or use 'tiny-sd'."
         )
+    if os.path.isfile(source):
+        raise BaseModelError(
+            f"'{name}' is a single file, which can be baked into but not trained on yet. Name a "
+            f"diffusers folder, or use 'tiny-sd'."
+        )
     if not local and (
         os.path.exists(source) or name.count("/") != 1 or name.startswith((".", "/", "~"))
     ):

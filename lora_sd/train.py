@@ -161,11 +161,11 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         drops = layer_options.dropout or layer_options.rank_dropout or layer_options.module_dropout
         optimizer = accelerator.prepare_optimizer(optimizer)
         log.info(
-            "%d pictures, %d steps of %d: each is seen about %.0f times (%s, mixed precision %s).",
+            "%d pictures, %d steps of %d: each is seen about %s (%s, mixed precision %s).",
             len(cache),
             options.steps,
             step_pictures,
-            options.steps * step_pictures / len(cache),
+            _times(options.steps * step_pictures / len(cache)),
             device,
             accelerator.mixed_precision,
         )
@@ -355,6 +355,10 @@ def _batch(
         dropped = float(torch.rand((), generator=draw)) < config.train.caption_dropout
         captions.append(cache.empty if dropped else cache.captions[index])
     return torch.stack(latents), torch.stack(noises), torch.tensor(timesteps), torch.stack(captions)
+
+
+def _times(number: float) -> str:
+    return "once" if round(number) == 1 else f"{number:.0f} times"
 
 
 def _sample_settings(config: Config, adapter_name: str) -> list[PictureSettings]:

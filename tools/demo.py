@@ -108,7 +108,7 @@ The adapter:    {run.adapter_file}
 What it does:   {run.grid_file}   (each row a prompt, from scale 0 to 1)
 Try it:         {python} app.py     (the Generate tab; move the scale)
 Your pictures:  put them with captions into a folder, then add --data.folder FOLDER to
-                accelerate launch --quiet train_sd_lora.py --config configs/tiny.yaml""")
+                {python} train_sd_lora.py --config configs/tiny.yaml""")
     return 0
 
 

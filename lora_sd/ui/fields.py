@@ -22,6 +22,13 @@ LABELS = {
     "adapter.include": "Further layers",
     "adapter.exclude": "Layers left alone",
     "adapter.init": "Start of lora_down",
+    "adapter.text_encoder": "Text encoder learns too",
+    "adapter.ranks": "Ranks of their own",
+    "adapter.clamp_ranks": "Lower ranks where layers are small",
+    "adapter.rs": "Rank-stabilised scaling (rsLoRA)",
+    "adapter.dora": "DoRA",
+    "adapter.up_bias": "Bias of lora_up",
+    "output.format": "File format",
     "train.max_grad_norm": "Largest gradient norm",
     "sample.prompts": "Sample prompts, one a line",
     "sample.every_steps": "Draw every (steps)",
@@ -101,7 +108,7 @@ def config_from_form(form: Mapping[str, Any]) -> Config:
 def in_page_words(sentence: str) -> str:
     """A sentence of config.py with the fields named as on the page."""
     return re.sub(
-        r"'(\w+\.\w+)(?:\.\d+)?'",
+        r"'?\b((?:base|data|adapter|train|sample|output)\.\w+)(?:\.\d+)?\b'?",
         lambda found: f"'{label(found[1])}'" if found[1] in FIELDS else found[0],
         sentence,
     )

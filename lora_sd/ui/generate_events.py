@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -201,5 +202,6 @@ def _id(page: gr.Request) -> str:
 def _caption(wish: Request) -> str:
     return (
         '<p class="pair-caption"><span>without the adapter</span>'
-        f"<b>scale {wish.scale:g}, seed {wish.seed}</b><span>with the adapter</span></p>"
+        f"<b>{escape(wish.adapter.label)}, scale {wish.scale:g}, seed {wish.seed}</b>"
+        "<span>with the adapter</span></p>"
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from textwrap import dedent
 
 from PIL import Image
 
@@ -56,7 +57,7 @@ def layers_html(table: str, notices: Sequence[str]) -> str:
     if not table:
         return ""
     said = "".join(f'<p class="hint">{escape(notice)}</p>' for notice in notices)
-    return f'<pre class="layers">{escape(table)}</pre>{said}'
+    return f'<pre class="layers" tabindex="0">{escape(dedent(table))}</pre>{said}'
 
 
 def _data_uri(picture: Image.Image) -> str:
