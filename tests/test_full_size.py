@@ -1,17 +1,29 @@
-"""bake and extract on models of the published sizes, in a process of their own."""
+"""Models of the published sizes: bake and extract in a process of their own, and the figures."""
 
+import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from conftest import PROJECT, randomise
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from make_adapters import random_adapter
 from make_bases import make_published
 
+from lora_sd import inject
 from lora_sd.base_files import open_base
 from lora_sd.formats import load_adapter, save_adapter
+from lora_sd.formats.safetensors_file import read_header
+from lora_sd.layer_choice import choose_layers
+from lora_sd.layer_names import layer_shapes
+from lora_sd.merge import MergedWeights
 
 MOST_MEMORY_KB = 1_200_000  # torch alone takes 300,000
 # Not getrusage: a child's highest memory counts that of the process that started it.
@@ -90,3 +102,35 @@ def test_extract_undoes_bake(made):
     for name, layer in expected.items():
         gap = (found[name].delta() - layer.delta()).norm() / layer.delta().norm()
         assert gap < 0.05, name  # the base's float16 rounds the sum
+
+
+@pytest.mark.slow
+def test_attaching_merging_and_reading_headers_are_as_quick_as_promised(tmp_path):
+    configs = json.loads((PROJECT / "tests" / "data" / "model_configs.json").read_text())
+    unet = UNet2DConditionModel.from_config(configs["sd15"]["unet"])
+    plans = choose_layers(layer_shapes(unet), "attention-conv", 16, 16, 16, 16)
+
+    def timed(action, *arguments):
+        started = time.process_time()
+        result = action(*arguments)
+        return time.process_time() - started, result
+
+    attached, _ = timed(inject.attach, unet, plans)
+    scaled, _ = timed(inject.set_scale, unet, 0.5)
+    randomise(unet)
+    adapter = inject.collect(unet)
+    detached, _ = timed(inject.detach, unet)
+    assert attached + scaled + detached < 1.0
+    # The first merge keeps a copy of 3 GB, which takes as long as memory takes to be had.
+    copied, copies = timed(lambda: [weight.clone() for weight in unet.parameters()])
+    del copies
+    merged = MergedWeights({"unet": unet})
+    first, _ = timed(merged.set, [(adapter, 1.0)])
+    change, _ = timed(merged.set, [(adapter, 0.5)])
+    assert first < copied + 3.0 and change < 3.0
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    header, _ = timed(read_header, tmp_path / "a.safetensors")
+    assert header < 0.05
+    print(
+        f"{attached=:.3f} {scaled=:.3f} {detached=:.3f} {copied=:.2f} {first=:.2f} {change=:.2f} {header=:.4f}"
+    )

@@ -6,7 +6,6 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from lora_sd.config import Config
 from lora_sd.ui import fields
 from lora_sd.ui.run_panel import RunPanel, build_run_panel
 from lora_sd.ui.show import layers_html, sentences_html, thumbs_html
@@ -109,7 +108,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
                 add("train.seed", min_width=90)
             add("sample.prompts", lines=3)
             with gr.Accordion("More settings", open=False, elem_id="more"):
-                _more_settings(form, config, add)
+                _more_settings(add)
             look_at_layers = gr.Button("Show which layers learn", size="md", elem_id="show-layers")
             layers = gr.HTML(elem_id="layers")
             with gr.Column(elem_classes="start-bar"):
@@ -197,7 +196,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
     return TrainTab(panel)
 
 
-def _more_settings(form: dict[str, Component], config: Config, add: Any) -> None:
+def _more_settings(add: Any) -> None:
     """Every setting that is not in the form yet, two in a row, under its group's heading."""
     for group, title in GROUPS.items():
         rest = [
