@@ -192,9 +192,9 @@ def test_a_unet_s_output_and_gradients_are_lycoris_s(preset, rs, dora, unet_inpu
     assert_agree(*whole, 3e-6, "whole gradient")
 
 
-@pytest.mark.parametrize("dora", ["", "in"])
-def test_fifty_steps_give_lycoris_s_weights(dora):
-    ours, theirs, pairs = unet_pair("full", False, dora, randomised=False)
+@pytest.mark.parametrize(("preset", "dora"), [("full", ""), ("attention-conv", "in")])
+def test_fifty_steps_give_lycoris_s_weights(preset, dora):
+    ours, theirs, pairs = unet_pair(preset, False, dora, randomised=False)
     train(ours, [w for _, mine, _ in pairs for w in our_weights(mine).values()])
     train(theirs, [w for _, _, other in pairs for w in locon_weights(other).values()])
     for name, mine, other in pairs:

@@ -198,9 +198,11 @@ def test_each_gradient_of_a_unet_is_peft_s_in_float64(options, unet_inputs):
         assert_gradients_agree(ours, theirs, 1e-5 if "magnitude" in ours else 1e-6, name)
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": "output"}], ids=str)
-def test_fifty_steps_give_peft_s_weights(options):
-    ours, theirs, pairs = unet_pair("full", LayerOptions(**options), randomised=False)
+@pytest.mark.parametrize(
+    ("preset", "options"), [("full", {}), ("attention-conv", {"dora": "output"})], ids=str
+)
+def test_fifty_steps_give_peft_s_weights(preset, options):
+    ours, theirs, pairs = unet_pair(preset, LayerOptions(**options), randomised=False)
     for unet in (ours, theirs):
         train(unet, [weight for weight in unet.parameters() if weight.requires_grad])
     for name, mine, other in pairs:
