@@ -1,5 +1,6 @@
 """Read an adapter file back: is it what was meant, and what will each client do with it?"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,22 +105,28 @@ class Report:
 
 
 def check_file(
-    path: Path, family: str, live: Adapter | None = None, base: "BaseModel | None" = None
+    path: Path,
+    family: str,
+    live: Adapter | None = None,
+    base: "BaseModel | None" = None,
+    shapes: Mapping[str, Size] | None = None,
 ) -> Report:
     """Read an adapter file back and check it.
 
     Args:
         family: 'sd15', 'sd21', 'sdxl', 'tiny-sd', or any other word for an unknown model, which
-            `base` or else `live` describes then.
+            `shapes`, `base` or else `live` describes then.
         live: the adapter that the file should hold.
         base: the base model. One that no client knows is small, so that diffusers really loads the
             file into a copy of it.
+        shapes: weight shape of each layer of the base model; None: as the family or `base` has
+            them.
 
     Raises:
         AdapterError: the file is damaged, holds values that are not finite numbers, or nothing
             that fits the model.
     """
-    shapes = _shapes(family, live, base)
+    shapes = shapes or _shapes(family, live, base)
     found, problems = _read(path, shapes)
     outline = read_outline(path)
     reports = clients.check(outline, family, shapes)
@@ -158,7 +165,7 @@ def _shapes(family: str, live: Adapter | None, base: "BaseModel | None") -> dict
     )
 
 
-def _read(path: Path, shapes: dict[str, Size]) -> tuple[Adapter, list[str]]:
+def _read(path: Path, shapes: Mapping[str, Size]) -> tuple[Adapter, list[str]]:
     """(what can be read of a file, sentences on what cannot)."""
     try:
         return load_adapter(path, shapes), []

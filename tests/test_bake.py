@@ -1,5 +1,6 @@
 """`bake`: the baked model against the merged one, and against what diffusers reads of it."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from make_adapters import random_adapter, random_layer, token_layer
 from make_bases import KINDS, assert_same_tensors, make_base, tensors_of
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from lora_sd.__main__ import main
 from lora_sd.adapter import Adapter
@@ -26,7 +28,7 @@ from lora_sd.formats import save_adapter
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.merge import MergedWeights
 from lora_sd.parts import Scales
-from lora_sd.verbs.bake import bake
+from lora_sd.verbs.bake import bake, told
 
 PIPELINES = {"sdxl": StableDiffusionXLPipeline}
 TOKENS = "text_encoder.text_model.embeddings.token_embedding"
@@ -122,6 +124,35 @@ def test_dtype_is_changed_once_at_the_end(dtype, model_folder, tmp_path):
             assert torch.equal(half.tensor(name), tensor.to(dtype)), name
 
 
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_a_config_that_names_a_dtype_names_the_new_one(field, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "base")
+    config = folder / "text_encoder" / "config.json"
+    fields = {k: v for k, v in json.loads(config.read_text()).items() if "dtype" not in k}
+    config.write_text(json.dumps({**fields, field: "float16"}))
+    bake(str(folder), [], tmp_path / "as it was")
+    baked = tmp_path / "as it was" / "text_encoder"
+    assert (baked / "config.json").read_bytes() == config.read_bytes()
+    bake(str(folder), [], tmp_path / "x", dtype="float32")
+    baked = tmp_path / "x" / "text_encoder"
+    assert json.loads((baked / "config.json").read_text()) == {**fields, field: "float32"}
+    assert CLIPTextModel.from_pretrained(baked).dtype == torch.float32
+    assert "dtype" not in (tmp_path / "x" / "unet" / "config.json").read_text()
+
+
+def test_a_partly_readable_adapter_is_baked_on_request(tmp_path, capsys):
+    adapter = random_adapter({n: s for n, s in open_base("tiny-sd").shapes.items() if "attn1" in n})
+    adapter.layers["unet.nowhere"] = next(iter(adapter.layers.values()))
+    save_adapter(adapter, tmp_path / "cat.safetensors")
+    command = ["bake", "tiny-sd", str(tmp_path / "cat.safetensors"), "-o", str(tmp_path / "x")]
+    with pytest.raises(UserError, match="3 of its .* tensors belong to no layer"):
+        main(command)
+    assert main([*command, "--allow-partial"]) == 0
+    said = capsys.readouterr().out
+    assert f"in {len(adapter.layers) - 1} layers" in said
+    assert "cat.safetensors': left out: 3 of its" in said
+
+
 def test_an_up_bias_is_added_to_the_bias(model_folder, tmp_path):
     base = open_base(str(model_folder))
     name = "unet.mid_block.attentions.0.proj_in"
@@ -175,6 +206,9 @@ def test_a_folder_brings_its_files_and_no_stale_weights(model_folder, tmp_path):
     }
     expected = {str(path.relative_to(model_folder)) for path in model_folder.rglob("*")}
     assert found == expected | {*kept, "safety_checker"}
+    (said,) = told(bake(str(folder), [], tmp_path / "again"))
+    assert "Left out of the folder" in said and ".git" not in said
+    assert all(f"'{name}'" in said for name in [*stale, "v1-5-pruned.ckpt"])
     config = "unet/config.json"
     assert (tmp_path / "folder" / config).read_bytes() == (folder / config).read_bytes()
 
@@ -284,14 +318,16 @@ def test_a_base_too_large_for_the_dtype_is_refused(model_folder, tmp_path):
         bake(str(large), [], tmp_path / "x", dtype="float16")
 
 
-def test_a_base_of_eight_bit_numbers_stays_so(model_folder, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_base_of_eight_bit_numbers_stays_so(dora, model_folder, tmp_path):
     small = shutil.copytree(model_folder, tmp_path / "small")
     weights = small / "unet" / "diffusion_pytorch_model.safetensors"
     eight = torch.float8_e4m3fn
     save_file({key: tensor.to(eight) for key, tensor in load_file(weights).items()}, weights)
     base = open_base(str(small))
-    adapter = random_adapter(base.shapes)
-    baked, _ = bake_both(small, tmp_path, [(adapter, Scales())])
-    name = "unet.conv_in"
-    expected = (base.read(name).float() + adapter.layers[name].delta()).to(eight)
-    assert torch.equal(baked.read(name).view(torch.uint8), expected.view(torch.uint8))
+    adapter = random_adapter(base.shapes, dora=dora)
+    for baked in bake_both(small, tmp_path, [(adapter, Scales())]):
+        for name in ("unet.conv_in", "unet.mid_block.attentions.0.proj_in"):
+            weight = base.read(name).float()
+            expected = (weight + adapter.layers[name].delta(weight)).to(eight)
+            assert torch.equal(baked.read(name).view(torch.uint8), expected.view(torch.uint8))

@@ -179,4 +179,6 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["extract", f"{tmp_path}/tuned", "tiny-sd", "-o", str(output), "--layers"]) == 0
     said = capsys.readouterr().out
     assert f"{len(adapter.layers)} layers" in said and "error" in said and "do not differ" in said
+    count = len(adapter.layers)
+    assert f"Read back: {count} of {count} modules match by the naming rules" in said
     assert output.is_file()

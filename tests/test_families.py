@@ -1,9 +1,12 @@
 """The family of an adapter file is told from its header alone."""
 
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from conftest import PROJECT
 from make_adapters import random_adapter
 
 from lora_sd import layer_names
@@ -124,10 +127,29 @@ def test_the_layers_of_tiny_sd_are_those_of_the_model():
     assert layer_names.layer_shapes(models).items() <= layer_shapes("tiny-sd").items()
 
 
-def test_a_header_is_read_and_judged_in_a_moment(path):
+COLD = """
+import gc, sys, time
+from pathlib import Path
+from lora_sd.formats.families import detect_family
+gc.collect()  # what importing torch has piled up takes 65 ms, and would fall due anywhere
+start = time.process_time()
+assert detect_family(Path(sys.argv[1])) == "sdxl"
+print(time.process_time() - start)
+"""
+
+
+def test_a_header_is_read_and_judged_within_50_ms(path):
+    """CPU time, of SDXL's whole file; cold it is detect_family alone, which reads the header."""
     save_adapter(adapter_of("sdxl"), path)
-    detect_family(path)  # builds its tables of names
-    start = time.perf_counter()
-    assert len(read_header(path).tensors) > 3000
-    detect_family(path)
-    assert time.perf_counter() - start < 0.1  # measured: 0.02
+    took = []
+    for _ in range(4):  # the first builds the tables of names; the garbage collector may run in one
+        start = time.process_time()
+        assert len(read_header(path).tensors) > 3000
+        assert detect_family(path) == "sdxl"
+        took.append(time.process_time() - start)
+    assert min(took[1:]) < 0.05  # measured: 0.02
+    cold = [
+        subprocess.check_output([sys.executable, "-c", COLD, path], cwd=PROJECT, text=True)
+        for _ in range(2)
+    ]
+    assert min(map(float, cold)) < 0.05  # measured: 0.03

@@ -256,6 +256,23 @@ def test_peft_s_own_file_is_read(models, shapes, tmp_path):
     adapter = load_adapter(tmp_path / "adapter_model.safetensors", shapes)
     assert {layer.alpha for layer in adapter.layers.values()} == {6.0}
     assert_deltas_are_peft_s(adapter, models)
+    # To any other file beside it PEFT's config does not belong.
+    other = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "cat.safetensors")
+    assert {layer.alpha for layer in load_adapter(other, shapes).layers.values()} == {2.0}
+
+
+def test_an_up_bias_with_dora_is_refused_and_never_written(shapes, tmp_path):
+    adapter = random_adapter({n: shapes[n] for n in shapes if n.endswith("to_q")}, bias=True)
+    name, *rest = adapter.layers
+    alone = random_layer(shapes[name], 2, 1.0, dora=True)
+    adapter.layers[name] = alone  # beside up-biases, as `combine` may make it
+    path, _ = saved(adapter, tmp_path)
+    assert_same_layers(load_adapter(path, shapes), adapter)
+    both = load_file(path) | {f"{name}.lora_B.bias": torch.ones(len(alone.up))}
+    save_file(both, path)
+    with pytest.raises(AdapterError, match="1 of its .* both an up-bias and a DoRA magnitude"):
+        load_adapter(path, shapes)
+    assert load_adapter(path, shapes, allow_partial=True).layers.keys() == set(rest)
 
 
 OLD_KEYS = {

@@ -1,21 +1,26 @@
 """inspect, convert, resize, combine and verify on files of SD 1.5's and SDXL's shapes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from make_bases import make_base
 from random_adapters import random_adapter, random_layer
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lora_sd import formats
 from lora_sd.__main__ import main
 from lora_sd.adapter import Adapter
+from lora_sd.base_files import open_base
 from lora_sd.errors import AdapterError, ConfigError, UserError
 from lora_sd.formats import save_adapter
 from lora_sd.formats.families import load_any
 from lora_sd.parts import Scales
+from lora_sd.verbs.bake import bake
 from lora_sd.verbs.combine import combine, parsed_source
 from lora_sd.verbs.convert import convert
 from lora_sd.verbs.inspect import inspect, metadata_lines
@@ -219,11 +224,96 @@ def test_inspect_with_a_base_and_with_dora(model_folder: Path, adapter, tmp_path
     assert all(facts.relative_norm for facts in found.facts)
 
 
+def test_a_family_s_name_is_a_base_without_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, dora = random_adapter(every=60), random_adapter(every=60)
+    for name, layer in dora.layers.items():
+        ones = torch.ones(len(layer.up), *[1] * (layer.down.dim() - 1))
+        dora.layers[name] = replace(layer, magnitude=ones)
+    for name, adapter in (("plain", plain), ("dora", dora)):
+        save_adapter(adapter, tmp_path / f"{name}.safetensors", torch.float32)
+    paths = [str(tmp_path / "plain.safetensors"), str(tmp_path / "dora.safetensors")]
+    command = ["--base", "sd15", "--rank", "4", "-o", str(tmp_path / "c.safetensors")]
+    assert main(["combine", paths[0], paths[0], *command]) == 0
+    with pytest.raises(AdapterError, match=r"Give the base model's weights .* not its family"):
+        main(["combine", *paths, *command, "--overwrite"])
+    capsys.readouterr()
+    assert main(["inspect", paths[0], "--base", "sd15"]) == 0
+    said = capsys.readouterr().out
+    assert "'sd15' is only a family's name" in said and "of base" not in said
+
+
+def test_what_is_written_is_read_back(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = len(load_any(file)[0].layers)
+    right = rf"Read back: {count} of {count} modules match in [67] (of 7 )?clients, largest error"
+    commands = [
+        ["convert", str(file), "--dtype", "float16"],
+        ["resize", str(file), "--rank", "2"],
+        ["combine", f"{file}=0.5", str(file)],
+    ]
+    for command in commands:
+        output = ["-o", str(tmp_path / f"{command[0]}.safetensors")]
+        assert main([*command, *output]) == 0
+        assert re.search(right, capsys.readouterr().out)
+
+    def spoiled(adapter: Adapter, path: Path, *options: object) -> list[str]:
+        name = next(iter(adapter.layers))
+        wrong = replace(adapter.layers[name], alpha=99.0)
+        return save_adapter(Adapter({**adapter.layers, name: wrong}), path, *options)
+
+    monkeypatch.setattr(formats, "save_adapter", spoiled)
+    for command in commands:
+        with pytest.raises(AdapterError, match="THE FILE IS NOT RIGHT") as found:
+            main([*command, "-o", str(tmp_path / "wrong.safetensors"), "--overwrite"])
+        assert "its update differs by" in str(found.value)
+
+
+def test_every_verb_reads_a_part_on_request(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(file)
+    tensors["lora_unet_nowhere.alpha"] = torch.ones(())
+    save_file(tensors, file)
+    for command in (
+        ["inspect", str(file)],
+        ["convert", str(file), "--dtype", "float16"],
+        ["resize", str(file), "--rank", "2"],
+        ["combine", str(file), str(file)],
+    ):
+        if command[0] != "inspect":
+            command += ["-o", str(tmp_path / f"{command[0]}.safetensors")]
+        with pytest.raises(UserError, match="1 of its .* tensors belong to no layer"):
+            main(command)
+        assert main([*command, "--allow-partial"]) == 0
+        assert f"'{file}': left out: 1 of its" in capsys.readouterr().out
+
+
 def test_metadata_is_readable_and_drives_no_terminal() -> None:
     tags = json.dumps({"f": {"ink": 2, "cat": 10}})
     lines = list(metadata_lines({"a": "x\x1b[2J" + "y" * 500, "ss_tag_frequency": tags}))
     assert "\x1b" not in lines[0] and len(lines[0]) < 160 and "505 characters" in lines[0]
     assert lines[1].endswith("10 x cat, 2 x ink")
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a single file"])
+@pytest.mark.parametrize("base", ["tiny-sd", "sd1", "sdxl"])
+def test_verify_takes_any_base(base: str, kind: str, tmp_path: Path) -> None:
+    folder = base if base == "tiny-sd" else str(make_base(base, tmp_path / "base"))
+    shapes = open_base(folder).shapes
+    names = [name for name in shapes if "attn" in name]
+    layers = {name: random_layer(shapes[name], 2, seed=n) for n, name in enumerate(names)}
+    path = tmp_path / "a.safetensors"
+    save_adapter(Adapter(layers), path, torch.float32)
+    if kind == "a single file":
+        bake(folder, [], tmp_path / "base.safetensors")
+        folder = str(tmp_path / "base.safetensors")
+    report = verify(path, folder)[1]
+    assert report.ok and report.modules == len(layers) and report.by_rules
+    is_loaded = kind == "a folder" and base != "sdxl"
+    assert report.in_diffusers == ([] if is_loaded else None)
 
 
 def test_verify_tells_by_its_status(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,8 +153,9 @@ def _check_dora(
         raise AdapterError(
             f"{len(names)} layers have a DoRA magnitude, such as {shown_list(names, 1)}: what they "
             "add depends on the base weights, so that they are combined exactly only where they "
-            "stand alone at scale 1. Give the base model (--base) and a rank (--rank) or a share "
-            "of the energy (--energy) for the best approximation."
+            "stand alone at scale 1. Give the base model's weights (--base and its folder or file, "
+            "not its family) and a rank (--rank) or a share of the energy (--energy) for the best "
+            "approximation."
         )
 
 

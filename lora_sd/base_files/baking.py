@@ -15,7 +15,7 @@ from torch import Size, Tensor
 
 from lora_sd import durable
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.base_files import WEIGHTS, BaseFiles
+from lora_sd.base_files.opening import WEIGHTS, BaseFiles
 from lora_sd.base_files.original import Piece, to_original
 from lora_sd.base_files.tensor_stream import StoredTensor, file_bytes, write_tensor_file
 from lora_sd.errors import AdapterError, UserError, shown_list
@@ -131,9 +131,12 @@ def write_single_file(
     write_tensor_file(path, plan, tensor_of, metadata, watch)
 
 
-def write_folder(recipe: Recipe, folder: Path, watch: Watch = iter) -> None:
+def write_folder(recipe: Recipe, folder: Path, watch: Watch = iter) -> list[str]:
     """Write the model as a diffusers folder, everything else in it copied; each weights file keeps
     its name. Weights that were not read (other variants, other formats) are left out.
+
+    Returns:
+        the names of the files left out, as they lie in the base's folder.
 
     Raises:
         UserError: the disk is too small; nothing is written then.
@@ -146,7 +149,7 @@ def write_folder(recipe: Recipe, folder: Path, watch: Watch = iter) -> None:
         path: {key: _planned(recipe, piece) for key, piece in pieces.items()}
         for path, pieces in files.items()
     }
-    others = list(files_to_copy(base.path, set(files)))
+    others, left_out = files_to_copy(base.path, set(files))
     copied_bytes = sum(path.stat().st_size for path in others)
     check_room(folder.parent, copied_bytes + sum(map(file_bytes, plans.values())))
     for path in others:
@@ -157,23 +160,43 @@ def write_folder(recipe: Recipe, folder: Path, watch: Watch = iter) -> None:
         target = folder / path.relative_to(base.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_tensor_file(target, plan, partial(recipe.joined, files[path]), {}, watch)
+    if recipe.dtype:
+        for component in WEIGHTS:
+            _say_dtype(folder / component / "config.json", str(recipe.dtype).removeprefix("torch."))
+    return [str(path.relative_to(base.path)) for path in left_out]
 
 
-def files_to_copy(folder: Path, read: set[Path]) -> Iterator[Path]:
-    """A diffusers folder's files that are no weights of the parts that are read here, so that no
-    weights without the adapters stay beside those with them. Hidden files are left out."""
+def files_to_copy(folder: Path, read: set[Path]) -> tuple[list[Path], list[Path]]:
+    """(files to copy, files to leave out) of a diffusers folder besides the weights that are read:
+    no weights without the adapters shall stay beside those with them. Hidden files are in neither.
+    """
+    copied: list[Path] = []
+    left_out: list[Path] = []
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in place.parts):
-            continue
-        if len(place.parts) > 1 and place.parts[0] not in WEIGHTS:
-            yield path  # another component, such as the safety checker
-        elif path.name.endswith(".json") and ".index" in path.name:
-            shards = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
-            if {path.parent / shard for shard in shards} <= read:
-                yield path
-        elif path.suffix.lower() not in WEIGHT_SUFFIXES:
-            yield path
+        hidden = any(part.startswith(".") for part in place.parts)
+        if path.is_file() and path not in read and not hidden:
+            (copied if _is_copied(path, place, read) else left_out).append(path)
+    return copied, left_out
+
+
+def _is_copied(path: Path, place: Path, read: set[Path]) -> bool:
+    if len(place.parts) > 1 and place.parts[0] not in WEIGHTS:
+        return True  # another component, such as the safety checker
+    if path.name.endswith(".json") and ".index" in path.name:
+        shards = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        return {path.parent / shard for shard in shards} <= read
+    return path.suffix.lower() not in WEIGHT_SUFFIXES
+
+
+def _say_dtype(config: Path, dtype: str) -> None:
+    """Let a written config name the dtype that its weights have now, where it names one:
+    transformers 5 casts the weights to it when it loads them."""
+    fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    stale = [key for key in ("dtype", "torch_dtype") if fields.get(key, dtype) != dtype]
+    if stale:
+        changed = json.dumps({**fields, **dict.fromkeys(stale, dtype)}, indent=2)
+        config.write_text(f"{changed}\n", encoding="utf-8")
 
 
 def check_room(folder: Path, wanted_bytes: int) -> None:

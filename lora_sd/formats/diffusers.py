@@ -70,8 +70,9 @@ def split(tensor_name: str) -> tuple[str, str] | None:
 def to_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a diffusers file.
 
-    Where some layers of a component have an up-bias, the others get one of zeros, as PEFT has
-    them all or none. A magnitude for each input, which PEFT does not know, is a `dora_scale`.
+    Where some layers of a component have an up-bias, the others without DoRA get one of zeros, as
+    PEFT has them all or none. A magnitude for each input, which PEFT does not know, is a
+    `dora_scale`.
     """
     with_bias = {
         component_of(name) for name, layer in adapter.layers.items() if layer.up_bias is not None
@@ -86,7 +87,7 @@ def to_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
             tensors[f"{name}.lora_B.weight"] = layer.up.to(dtype)
         if layer.up_bias is not None:
             tensors[f"{name}.lora_B.bias"] = layer.up_bias.to(dtype)
-        elif component_of(name) in with_bias and not layer.embedding:
+        elif component_of(name) in with_bias and not layer.embedding and layer.magnitude is None:
             tensors[f"{name}.lora_B.bias"] = torch.zeros(layer.up.shape[0], dtype=dtype)
         if layer.magnitude is not None:
             key, magnitude = _magnitude(name, layer.magnitude)

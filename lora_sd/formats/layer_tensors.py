@@ -55,7 +55,8 @@ def to_weights(parts: Mapping[str, Tensor], shape: Size, alpha: float | None) ->
         alpha: None: as the layer's tensors say, or else its rank.
 
     Raises:
-        ValueError: alpha, the bias or the magnitude is not one of this layer's.
+        ValueError: alpha, the bias or the magnitude is not one of this layer's, or it has both a
+            bias and a magnitude, as PEFT refuses it too.
     """
     embedding = EMBEDDING_DOWN in parts
     if embedding:
@@ -72,9 +73,10 @@ def to_weights(parts: Mapping[str, Tensor], shape: Size, alpha: float | None) ->
     bias = parts.get(UP_BIAS)
     if bias is not None and bias.shape != shape[:1]:
         raise ValueError(f"its bias is {tuple(bias.shape)}, its outputs are {shape[0]}")
-    return LoRAWeights(
-        down, up, _alpha(parts, down.shape[0], alpha), bias, _magnitude(parts, shape), embedding
-    )
+    magnitude = _magnitude(parts, shape)
+    if bias is not None and magnitude is not None:
+        raise ValueError("it has both an up-bias and a DoRA magnitude, which PEFT refuses too")
+    return LoRAWeights(down, up, _alpha(parts, down.shape[0], alpha), bias, magnitude, embedding)
 
 
 def _alpha(parts: Mapping[str, Tensor], rank: int, alpha: float | None) -> float:

@@ -1,7 +1,7 @@
 """alpha of each layer as PEFT's LoraConfig gives it: diffusers' files hold no alphas of their own.
 
-In a diffusers file the config is the metadata's `lora_adapter_metadata`; beside PEFT's own files it
-is `adapter_config.json`.
+In a diffusers file the config is the metadata's `lora_adapter_metadata`; beside the files that PEFT
+itself writes, `adapter_model*.safetensors`, it is `adapter_config.json`.
 """
 
 import json
@@ -15,6 +15,7 @@ from lora_sd.errors import AdapterError
 from lora_sd.formats.diffusers import CONFIG_KEY
 
 MOST_CONFIG_BYTES = 2**20
+OF_PEFT = re.compile(r"adapter_model.*\.safetensors")
 PLAIN = re.compile(r"[\w.\-]+")
 SAFE = re.compile(r"(?:[^*+?{]|\)\?)*(?:[*+](?:[^*+?{]|\)\?)*){0,2}")
 MOST_EXPRESSIONS = 100
@@ -65,8 +66,9 @@ class PeftAlphas:
 
     def _read(self, text: str | None) -> dict[str, Any]:
         beside = self._path.with_name("adapter_config.json")
+        is_peft = OF_PEFT.fullmatch(self._path.name) is not None and beside.is_file()
         try:
-            if text is None and beside.is_file() and beside.stat().st_size < MOST_CONFIG_BYTES:
+            if text is None and is_peft and beside.stat().st_size < MOST_CONFIG_BYTES:
                 text = beside.read_text(encoding="utf-8")
             config = json.loads(text or "{}")
         except (OSError, ValueError, RecursionError):

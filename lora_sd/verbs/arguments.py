@@ -58,6 +58,15 @@ def add_base(parser: argparse.ArgumentParser, also_for: str = "") -> None:
     parser.add_argument("--base", metavar="MODEL", help=f"{what}: {also_for}{need}")
 
 
+def add_allow_partial(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """--allow-partial; `also` is what is left out besides what cannot be read."""
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help=f"leave out what of an adapter cannot be read{also}, and say what that was",
+    )
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """--dtype; None stands for the source's own."""
     parser.add_argument(
@@ -65,11 +74,11 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_rank_limit(parser: argparse.ArgumentParser) -> None:
-    """--rank, --conv-rank and --energy."""
-    parser.add_argument(
-        "--rank", type=int, metavar="N", help="highest rank, of linear layers and text encoders"
-    )
+def add_rank_limit(parser: argparse.ArgumentParser, default: int | None = None) -> None:
+    """--rank, --conv-rank and --energy; `default` of --rank, None: no limit."""
+    what = "highest rank, of linear layers and text encoders"
+    said = what if default is None else f"{what} (default: {default})"
+    parser.add_argument("--rank", type=int, default=default, metavar="N", help=said)
     parser.add_argument(
         "--conv-rank", type=int, metavar="N", help="highest rank of convolutions (default: --rank)"
     )
@@ -110,8 +119,23 @@ def check_output(path: Path, overwrite: bool, suffix: str = ".safetensors") -> N
         raise UserError(problems)
 
 
-def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
+def progress(
+    items: Iterable[Item], what: str, total: int | None = None, unit: str = "layer"
+) -> Iterable[Item]:
     """The items, with a progress bar on stderr where that is a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, total=total, unit="layer", leave=False, disable=None)
+    return tqdm(items, desc=what, total=total, unit=unit, leave=False, disable=None)
+
+
+def tell_written(path: Path, facts: Iterable[str], notices: Iterable[str]) -> None:
+    """Print what a verb wrote: a line of facts on the file, then the notices."""
+    print(f"'{path}': {', '.join(facts)}")
+    for notice in notices:
+        print(notice)
+
+
+def shown_size(size_bytes: int) -> str:
+    """'4.30 MB', '1.20 GB'."""
+    unit, name = (1e9, "GB") if size_bytes >= 1e9 else (1e6, "MB")
+    return f"{size_bytes / unit:.2f} {name}"

@@ -7,8 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_sd.errors import Problems, UserError
-from lora_sd.verbs.arguments import add_dtype, progress
+from lora_sd.errors import Problems, UserError, shown_list
+from lora_sd.verbs.arguments import (
+    add_allow_partial,
+    add_dtype,
+    progress,
+    shown_size,
+    tell_written,
+)
 from lora_sd.verbs.combine import parsed_source
 
 if TYPE_CHECKING:
@@ -39,12 +45,17 @@ class Baked:
     Attributes:
         layers: how many layers of the base were changed.
         size_bytes: of the file or of the folder with all its files.
-        left_out: tensors of an EMA copy in a single file, which are not written.
+        left_out: how many tensors of an EMA copy in a single file were not written.
+        files_left_out: files of the base's folder with weights that were not read: other variants,
+            pickled ones, checkpoints beside the parts.
+        notes: what of the adapters was left out or read otherwise than their files say.
     """
 
     layers: int
     size_bytes: int
     left_out: int
+    files_left_out: list[str]
+    notes: list[str]
 
 
 def bake(
@@ -53,6 +64,7 @@ def bake(
     output: Path,
     *,
     dtype: str | None = None,
+    allow_partial: bool = False,
     overwrite: bool = False,
 ) -> Baked:
     """Write a base model with adapters in it.
@@ -62,6 +74,7 @@ def bake(
         sources: adapter files and their scales.
         output: a `.safetensors` file in the original layout, or else a diffusers folder.
         dtype: 'float16', 'bfloat16', 'float32'; None: each tensor's own.
+        allow_partial: leave out what of an adapter cannot be read.
 
     Raises:
         BaseModelError: the base cannot be read.
@@ -80,30 +93,34 @@ def bake(
         write_single_file,
     )
     from lora_sd.base_files.metadata import checkpoint_metadata
-    from lora_sd.formats import load_adapter
+    from lora_sd.verbs.source import Source, read_for
 
     files = open_base(base)
     check_target(files, output, overwrite)
     problems = Problems()
-    adapters = []
-    for path, scales in sources:
+    found: list[Source] = []
+    for path, _ in sources:
         with problems.gathered():
-            adapters.append((load_adapter(path, files.shapes), scales))
+            found.append(read_for(files, path, allow_partial))
     problems.tell()
+    adapters = [(one.adapter, scales) for one, (_, scales) in zip(found, sources, strict=True)]
     chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
     recipe = Recipe(files, gather_updates(files, adapters), chosen)
-    watch = partial(progress, what="baking")
+    watch = partial(progress, what="baking", unit="tensor")
+    files_left_out: list[str] = []
     with staged(output) as path:
         if is_single_file(output):
             names = [source.stem for source, _ in sources]
             write_single_file(recipe, path, checkpoint_metadata(files, output.stem, names), watch)
         else:
-            write_folder(recipe, path, watch)
+            files_left_out = write_folder(recipe, path, watch)
     written = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
     return Baked(
         layers=len(recipe.updates),
         size_bytes=sum(path.stat().st_size for path in written),
         left_out=sum(stored.key.startswith("model_ema.") for stored in files.rest),
+        files_left_out=files_left_out,
+        notes=[note for one in found for note in one.notes],
     )
 
 
@@ -161,6 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace the output if it exists already"
     )
     add_dtype(parser)
+    add_allow_partial(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -169,18 +187,26 @@ def run(options: argparse.Namespace) -> int:
         [parsed_source(text) for text in options.files],
         options.output,
         dtype=options.dtype,
+        allow_partial=options.allow_partial,
         overwrite=options.overwrite,
     )
     adapters = "1 adapter" if len(options.files) == 1 else f"{len(options.files)} adapters"
-    size = (
-        f"{done.size_bytes / 1e9:.2f} GB"
-        if done.size_bytes >= 1e9
-        else (f"{done.size_bytes / 1e6:.1f} MB")
-    )
-    print(f"'{options.output}': {adapters} in {done.layers} layers, {size}")
+    facts = [f"{adapters} in {done.layers} layers", shown_size(done.size_bytes)]
+    tell_written(options.output, facts, [*done.notes, *told(done)])
+    return 0
+
+
+def told(done: Baked) -> list[str]:
+    """Sentences on what of the base was not written."""
+    lines = []
     if done.left_out:
-        print(
+        lines.append(
             f"The {done.left_out} tensors of the base's EMA copy were left out: it is the model "
             f"without the adapters."
         )
-    return 0
+    if done.files_left_out:
+        lines.append(
+            f"Left out of the folder, as weights without the adapters: "
+            f"{shown_list(done.files_left_out)}."
+        )
+    return lines

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_sd.errors import AdapterError, ConfigError
 from lora_sd.verbs.arguments import (
+    add_allow_partial,
     add_base,
     add_dtype,
     add_output,
@@ -18,6 +19,8 @@ from lora_sd.verbs.arguments import (
     check_rank_limit,
     nearest,
     progress,
+    shown_size,
+    tell_written,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ def combine(
     energy: float | None = None,
     base: str | None = None,
     dtype: str | None = None,
+    allow_partial: bool = False,
     overwrite: bool = False,
 ) -> Combined:
     """Write the sum of several adapters, in kohya's format where that holds all of it.
@@ -75,10 +79,11 @@ def combine(
             a diffusers folder or a .safetensors file.
         dtype: 'float16', 'bfloat16', 'float32'; None: the sources' own, or float32 where they
             differ.
+        allow_partial: leave out what of an adapter cannot be read.
 
     Raises:
-        AdapterError: an adapter cannot be read, they belong to different models, or DoRA layers
-            need more than was given.
+        AdapterError: an adapter cannot be read, they belong to different models, DoRA layers need
+            more than was given, or what is read back is not what was meant.
         UserError: the output exists, or cannot be written.
     """
     import torch
@@ -86,9 +91,8 @@ def combine(
     from lora_sd.algebra.combination import Ingredient
     from lora_sd.algebra.combination import combine as combined
     from lora_sd.algebra.low_rank import RankLimit
-    from lora_sd.base_files import open_base
     from lora_sd.errors import Problems
-    from lora_sd.verbs.source import read_source, write_result
+    from lora_sd.verbs.source import base_reader, read_source, write_result
 
     check_output(output, overwrite)
     check_rank_limit(rank, conv_rank, energy)
@@ -96,7 +100,7 @@ def combine(
     problems = Problems()
     for path, _ in sources:
         with problems.gathered():
-            found.append(read_source(path, base))
+            found.append(read_source(path, base, allow_partial))
     problems.tell()
     families = {source.family: source.path for source in found}
     if len(families) > 1:
@@ -106,15 +110,15 @@ def combine(
         Ingredient(source.adapter, scales, _name_of(source))
         for source, (_, scales) in zip(found, sources, strict=True)
     ]
-    read_base = open_base(base).read if base is not None else None
     limit = RankLimit(rank, conv_rank, energy)
-    adapter, error = combined(ingredients, limit, read_base, partial(progress, what="combining"))
+    watch = partial(progress, what="combining")
+    adapter, error = combined(ingredients, limit, base_reader(base), watch)
     dtypes = {source.dtype for source in found}
     own = dtypes.pop() if len(dtypes) == 1 else torch.float32
     chosen = getattr(torch, dtype) if dtype else own
     format = "kohya" if any(source.format == "kohya" for source in found) else "diffusers"
     notices = [note for source in found for note in source.notes]
-    notices += write_result(adapter, output, chosen, format, found[0].family)
+    notices += write_result(adapter, output, chosen, format, found[0].family, found[0].shapes)
     return Combined(adapter, error, limit.is_none, notices)
 
 
@@ -130,11 +134,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rank_limit(parser)
     add_base(parser, "for DoRA layers, and ")
     add_dtype(parser)
+    add_allow_partial(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from lora_sd.algebra.spectrum import span
-    from lora_sd.verbs.source import size_in_mb
 
     done = combine(
         [parsed_source(text) for text in options.files],
@@ -144,15 +148,15 @@ def run(options: argparse.Namespace) -> int:
         energy=options.energy,
         base=options.base,
         dtype=options.dtype,
+        allow_partial=options.allow_partial,
         overwrite=options.overwrite,
     )
     layers = done.adapter.layers
     ranks = span([layer.rank for layer in layers.values()])
     said = "exact" if done.exact else done.error.sentence()
-    size = size_in_mb(options.output)
-    print(f"'{options.output}': {len(layers)} layers, ranks {ranks}, {size}, {said}")
-    for notice in done.notices:
-        print(notice)
+    size = shown_size(options.output.stat().st_size)
+    facts = [f"{len(layers)} layers", f"ranks {ranks}", size, said]
+    tell_written(options.output, facts, done.notices)
     return 0
 
 

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sd.errors import AdapterError, ConfigError
-from lora_sd.verbs.arguments import FORMATS, add_base, add_dtype, add_output, check_output
+from lora_sd.verbs.arguments import (
+    FORMATS,
+    add_allow_partial,
+    add_base,
+    add_dtype,
+    add_output,
+    check_output,
+    shown_size,
+    tell_written,
+)
 
 if TYPE_CHECKING:
     from lora_sd.adapter import Adapter
@@ -25,10 +34,6 @@ with another one take the difference into lora_up; --exact leaves them."""
 EXAMPLE = """\
   python -m lora_sd convert peft.safetensors -o cat.safetensors --format kohya
   python -m lora_sd convert cat.safetensors -o cat-half.safetensors --dtype float16"""
-ONLY_DIFFUSERS = (
-    "diffusers and PEFT read this file whole; A1111, Forge, InvokeAI and kohya's tools cannot, "
-    "ComfyUI reads a part."
-)
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,12 @@ def convert(
         allow_partial: leave out what cannot be read, or what the format cannot hold.
 
     Raises:
-        AdapterError: the source cannot be read, or the format cannot hold it.
+        AdapterError: the source cannot be read, the format cannot hold it, or what is read back is
+            not what was meant.
         UserError: the output exists, or cannot be written.
     """
-    from lora_sd.adapter import Adapter
-    from lora_sd.formats import fitting_format, save_adapter
-    from lora_sd.verbs.source import named_for, read_source
+    from lora_sd.formats import fitting_format
+    from lora_sd.verbs.source import read_source, write_result
 
     check_output(output, overwrite)
     if format is None and dtype is None:
@@ -85,10 +90,10 @@ def convert(
     if found.dtype.itemsize > chosen.itemsize:
         name = str(chosen).removeprefix("torch.")
         notices += [f"numbers were rounded to {name}"]
-    adapter = Adapter(adapter.layers, named_for(adapter.metadata, found.family))
-    notices += save_adapter(adapter, output, chosen, wanted, exact)
-    if wanted == "diffusers":
-        notices += [ONLY_DIFFUSERS]
+    title = adapter.metadata.get("ss_output_name")
+    notices += write_result(
+        adapter, output, chosen, wanted, found.family, found.shapes, exact, title
+    )
     return Converted(wanted, str(chosen).removeprefix("torch."), len(adapter.layers), notices)
 
 
@@ -117,16 +122,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact", action="store_true", help="keep every number, though diffusers may misread it"
     )
-    parser.add_argument(
-        "--allow-partial",
-        action="store_true",
-        help="leave out what cannot be read, or what the format cannot hold",
-    )
+    add_allow_partial(parser, ", or the format cannot hold")
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_sd.verbs.source import size_in_mb
-
     done = convert(
         options.file,
         options.output,
@@ -137,10 +136,7 @@ def run(options: argparse.Namespace) -> int:
         allow_partial=options.allow_partial,
         overwrite=options.overwrite,
     )
-    print(
-        f"'{options.output}': {done.layers} layers, {done.format} format, {done.dtype}, "
-        f"{size_in_mb(options.output)}"
-    )
-    for notice in done.notices:
-        print(notice)
+    size = shown_size(options.output.stat().st_size)
+    facts = [f"{done.layers} layers", f"{done.format} format", done.dtype, size]
+    tell_written(options.output, facts, done.notices)
     return 0

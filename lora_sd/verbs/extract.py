@@ -10,9 +10,12 @@ from lora_sd.verbs.arguments import (
     DTYPES,
     FORMATS,
     add_output,
+    add_rank_limit,
     check_output,
     check_rank_limit,
     progress,
+    shown_size,
+    tell_written,
 )
 
 if TYPE_CHECKING:
@@ -52,28 +55,29 @@ def extract(
 
     Args:
         tuned, base: 'tiny-sd', a diffusers folder or a `.safetensors` checkpoint.
-        rank, conv_rank, energy, text_encoders, threshold: as of `extraction.extract`.
+        rank, conv_rank, energy, text_encoders, threshold: as of `algebra.extraction.extract`.
         format, dtype: how to write it.
 
     Raises:
         ConfigError: a rank, a share or the threshold is out of range.
         BaseModelError: a model cannot be read, or they are of different kinds.
-        AdapterError: the models do not differ.
+        AdapterError: the models do not differ, or what is read back is not what was meant.
         UserError: the output exists, or cannot be written.
     """
     import torch
 
     from lora_sd.algebra.extraction import extract as extracted
     from lora_sd.base_files import open_base
-    from lora_sd.formats import save_adapter
+    from lora_sd.verbs.source import write_result
 
     check_output(output, overwrite)
     check_rank_limit(rank, conv_rank, energy)
     if not 0 <= threshold < 1:
         raise ConfigError(f"--threshold is {threshold:g}; it is a share from 0 up to below 1.")
+    files = open_base(base)
     found = extracted(
         open_base(tuned),
-        open_base(base),
+        files,
         rank,
         conv_rank,
         energy,
@@ -81,27 +85,15 @@ def extract(
         threshold,
         partial(progress, what="extracting"),
     )
-    found.adapter.metadata["ss_output_name"] = output.stem
-    return found, save_adapter(found.adapter, output, getattr(torch, dtype), format)
+    family, chosen = files.family or "custom", getattr(torch, dtype)
+    return found, write_result(found.adapter, output, chosen, format, family, files.shapes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tuned", metavar="TUNED", help="the fine-tuned model")
     parser.add_argument("base", metavar="BASE", help="the model that it was made from")
     add_output(parser)
-    parser.add_argument(
-        "--rank",
-        type=int,
-        default=RANK,
-        metavar="N",
-        help=f"highest rank, of linear layers and text encoders (default: {RANK})",
-    )
-    parser.add_argument(
-        "--conv-rank", type=int, metavar="N", help="highest rank of convolutions (default: --rank)"
-    )
-    parser.add_argument(
-        "--energy", type=float, metavar="SHARE", help="share of each layer's energy to keep: 0.95"
-    )
+    add_rank_limit(parser, RANK)
     parser.add_argument(
         "--no-text-encoder", action="store_true", help="leave the text encoders' layers out"
     )
@@ -120,7 +112,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from lora_sd.algebra.spectrum import span
-    from lora_sd.verbs.source import size_in_mb
 
     found, notices = extract(
         options.tuned,
@@ -140,12 +131,9 @@ def run(options: argparse.Namespace) -> int:
         for name, layer in layers.items():
             print(f"{100 * found.errors[name]:6.2f} %  rank {layer.rank:4}  {name}")
     ranks = span([layer.rank for layer in layers.values()])
-    print(
-        f"'{options.output}': {len(layers)} layers, ranks {ranks}, {size_in_mb(options.output)}, "
-        f"{found.error.sentence()}"
-    )
-    for line in (*told(found), *notices):
-        print(line)
+    size = shown_size(options.output.stat().st_size)
+    facts = [f"{len(layers)} layers", f"ranks {ranks}", size, found.error.sentence()]
+    tell_written(options.output, facts, [*told(found), *notices])
     return 0
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sd import durable
-from lora_sd.verbs.arguments import add_base, check_output, progress
+from lora_sd.verbs.arguments import (
+    add_allow_partial,
+    add_base,
+    check_output,
+    progress,
+    shown_size,
+)
 
 if TYPE_CHECKING:
     from lora_sd.algebra.spectrum import Group, LayerFacts
@@ -37,6 +43,7 @@ class Inspection:
     Attributes:
         facts: one entry for each layer.
         sha256: of the whole file.
+        notes: what was left out or read otherwise than the file says.
     """
 
     path: Path
@@ -48,26 +55,31 @@ class Inspection:
     parameters: int
     metadata: dict[str, str]
     facts: "Sequence[LayerFacts]"
+    notes: list[str]
 
 
-def inspect(path: Path, base: str | None = None) -> Inspection:
+def inspect(path: Path, base: str | None = None, allow_partial: bool = False) -> Inspection:
     """Read an adapter file and compute its numbers.
 
     Args:
         base: a base model, for norms relative to its weights: 'tiny-sd', a diffusers folder or a
-            .safetensors file.
+            .safetensors file; or its family, which has no weights.
+        allow_partial: leave out what of the file cannot be read.
 
     Raises:
         AdapterError: the file is damaged, or belongs to another model than `base`.
         BaseModelError: the base cannot be read.
     """
     from lora_sd.algebra.spectrum import layer_facts
-    from lora_sd.base_files import open_base
-    from lora_sd.verbs.source import read_source
+    from lora_sd.verbs.source import base_reader, read_source
 
-    source = read_source(path, base)
-    adapter = source.adapter
-    read = open_base(base).read if base is not None else None
+    source = read_source(path, base, allow_partial)
+    adapter, read, notes = source.adapter, base_reader(base), source.notes
+    if base is not None and read is None:
+        notes.append(
+            f"Norms relative to the base need its weights, and '{base}' is only a family's name: "
+            f"give --base a diffusers folder or a .safetensors file."
+        )
     facts = list(progress(layer_facts(adapter, read), "inspecting", len(adapter.layers)))
     weights = (tensor for w in adapter.layers.values() for tensor in (w.down, w.up))
     return Inspection(
@@ -80,12 +92,14 @@ def inspect(path: Path, base: str | None = None) -> Inspection:
         parameters=sum(tensor.numel() for tensor in weights),
         metadata=adapter.metadata,
         facts=facts,
+        notes=notes,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the adapter, .safetensors")
     add_base(parser, "for relative norms, and ")
+    add_allow_partial(parser)
     parser.add_argument("--layers", action="store_true", help="a row for each layer")
     parser.add_argument("--json", action="store_true", help="everything as JSON, for programs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw norms and spectra too")
@@ -97,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.plot:
         check_output(options.plot, options.overwrite, ".png")
-    found = inspect(options.file, options.base)
+    found = inspect(options.file, options.base, options.allow_partial)
     if options.plot:
         from lora_sd.algebra.spectrum_plot import write_plot
 
@@ -107,6 +121,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(as_json(found), indent=2))
         return 0
     print(f"{found.path}\n  {_summary(found)}\n  sha256 {found.sha256}\n")
+    for note in found.notes:
+        print(f"{note}\n")
     print(table(found.facts, options.layers))
     print("\nmetadata")
     for line in metadata_lines(found.metadata):
@@ -157,6 +173,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "sha256": found.sha256,
         "parameters": found.parameters,
         "metadata": found.metadata,
+        "notes": found.notes,
         "kinds": [sums(group) for group in by_kind(found.facts)],
         "blocks": [sums(group) for group in by_block(found.facts)],
         "layers": [numbers(part) for part in found.facts],
@@ -254,6 +271,6 @@ def _summary(found: Inspection) -> str:
             f"{found.parameters:,} numbers",
             f"{found.format} format",
             found.dtype,
-            f"{found.size_bytes / 1e6:.1f} MB",
+            shown_size(found.size_bytes),
         ]
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_sd.errors import AdapterError, ConfigError
 from lora_sd.verbs.arguments import (
+    add_allow_partial,
     add_base,
     add_dtype,
     add_output,
@@ -17,6 +18,8 @@ from lora_sd.verbs.arguments import (
     check_output,
     check_rank_limit,
     progress,
+    shown_size,
+    tell_written,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +65,7 @@ def resize(
     size_bytes: int | None = None,
     base: str | None = None,
     dtype: str | None = None,
+    allow_partial: bool = False,
     overwrite: bool = False,
 ) -> Resized:
     """Write an adapter at a lower rank, in its own format.
@@ -74,10 +78,12 @@ def resize(
             high as fits.
         base: the base model or family, where the adapter's layers do not tell.
         dtype: 'float16', 'bfloat16', 'float32'; None: the source's.
+        allow_partial: leave out what of the source cannot be read.
 
     Raises:
         ConfigError: no limit is given, or one that cannot be.
-        AdapterError: the source cannot be read, or the size cannot be reached.
+        AdapterError: the source cannot be read, the size cannot be reached, or what is read back is
+            not what was meant.
         UserError: the output exists, or cannot be written.
     """
     from lora_sd.algebra.low_rank import RankLimit
@@ -89,14 +95,16 @@ def resize(
     check_rank_limit(rank, conv_rank, energy)
     if (rank, conv_rank, energy, size_bytes) == (None,) * 4:
         raise ConfigError("Say how far to resize: --rank, --conv-rank, --energy or --size.")
-    found = read_source(source, base)
+    found = read_source(source, base, allow_partial)
     chosen = found.chosen_dtype(dtype)
     limit = RankLimit(rank, conv_rank, energy)
     values = spectra(found.adapter, partial(progress, what="measuring"))
     if size_bytes is not None:
         return _to_size(found, output, limit, values, size_bytes, chosen)
     adapter, error = resized(found.adapter, limit, values, partial(progress, what="resizing"))
-    notices = found.notes + write_result(adapter, output, chosen, found.format, found.family)
+    notices = found.notes + write_result(
+        adapter, output, chosen, found.format, found.family, found.shapes
+    )
     return Resized(adapter, error, notices)
 
 
@@ -128,7 +136,9 @@ def _to_size(
             adapter, error = resized(
                 found.adapter, tried, values, partial(progress, what="resizing")
             )
-            notices = found.notes + write_result(adapter, staged, dtype, found.format, found.family)
+            notices = found.notes + write_result(
+                adapter, staged, dtype, found.format, found.family, found.shapes
+            )
             ranks = {name: layer.rank for name, layer in adapter.layers.items()}
             written = staged.stat().st_size
             if written <= size_bytes:
@@ -158,11 +168,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_base(parser)
     add_dtype(parser)
+    add_allow_partial(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from lora_sd.algebra.spectrum import span
-    from lora_sd.verbs.source import size_in_mb
 
     done = resize(
         options.file,
@@ -173,17 +183,16 @@ def run(options: argparse.Namespace) -> int:
         size_bytes=options.size,
         base=options.base,
         dtype=options.dtype,
+        allow_partial=options.allow_partial,
         overwrite=options.overwrite,
     )
     layers = done.adapter.layers.values()
     ranks = span([layer.rank for layer in layers])
-    sizes = f"{size_in_mb(options.file)} -> {size_in_mb(options.output)}"
-    print(f"'{options.output}': ranks {ranks}, {sizes}, {done.error.sentence()}")
+    before, after = (shown_size(p.stat().st_size) for p in (options.file, options.output))
+    facts = [f"ranks {ranks}", f"{before} -> {after}", done.error.sentence()]
     dora = sum(layer.magnitude is not None for layer in layers)
-    if dora:
-        print(f"{dora} DoRA layers keep their magnitude; the error is of their directions.")
-    for notice in done.notices:
-        print(notice)
+    about_dora = f"{dora} DoRA layers keep their magnitude; the error is of their directions."
+    tell_written(options.output, facts, [about_dora] * bool(dora) + done.notices)
     return 0
 
 

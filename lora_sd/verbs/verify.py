@@ -23,7 +23,8 @@ def verify(path: Path, base: str | None = None) -> "tuple[str, Report]":
     """(family, what was found) of an adapter file.
 
     Args:
-        base: the base model, where it is of no known family.
+        base: the base model or its family, where the file's layers do not tell. diffusers really
+            loads the file where it is a diffusers folder that no client knows, or 'tiny-sd'.
 
     Raises:
         AdapterError: the file is damaged, or for no model that is known.
@@ -33,18 +34,21 @@ def verify(path: Path, base: str | None = None) -> "tuple[str, Report]":
 
     from lora_sd.base_files import open_base
     from lora_sd.base_model import load_base_model
-    from lora_sd.formats.families import FAMILIES, detect_family
+    from lora_sd.clients.tables import TABLES
+    from lora_sd.formats.families import detect_family
+    from lora_sd.parts import component_of
     from lora_sd.verify import check_file
 
-    if base is None:
-        family = detect_family(path)
-    else:
-        family = base if base in FAMILIES else open_base(base).family
-    if family in ("tiny-sd", ""):
-        name = base or family
-        model = load_base_model(name, torch.device("cpu"), torch.float32)
-        return family or name, check_file(path, family or name, base=model)
-    return family, check_file(path, family)
+    named = base or detect_family(path)
+    if named in TABLES:
+        return named, check_file(path, named)
+    files = open_base(named)
+    family = files.family or files.name
+    has_two = any(component_of(name) == "text_encoder_2" for name in files.shapes)
+    model = None
+    if files.is_folder and family not in TABLES and not has_two:  # SDXL is not loaded
+        model = load_base_model(named, torch.device("cpu"), torch.float32)
+    return family, check_file(path, family, base=model, shapes=files.shapes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
