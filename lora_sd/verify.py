@@ -13,7 +13,7 @@ from lora_sd.algebra.comparison import SAME_UPDATE, Comparison, compare, largest
 from lora_sd.clients.metadata import metadata_notes
 from lora_sd.clients.outline import read_outline
 from lora_sd.clients.report import ClientReport
-from lora_sd.clients.sentences import layer_of_keys, sentences
+from lora_sd.clients.sentences import joined, layer_of_keys, sentences
 from lora_sd.clients.tables import TABLES
 from lora_sd.errors import AdapterError, shown_list
 from lora_sd.formats.layer_tables import FAMILIES, layer_shapes
@@ -21,6 +21,8 @@ from lora_sd.formats.reading import NOTE, load_adapter
 
 if TYPE_CHECKING:
     from lora_sd.base_model import BaseModel
+
+MOST_ROUNDING = 0.05  # of an update's norm, before it is worth telling
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Report:
         whole = sum(report.ok for report in self.clients.values())
         total = len(self.clients)
         place = f"in {total} clients" if whole == total else f"in {whole} of {total} clients"
+        others = [report.title for report in self.clients.values() if not report.ok]
         if self.by_rules:
             place = f"by the naming rules of {place.removeprefix('in ')}"
             if self.in_diffusers is not None:
@@ -86,9 +89,9 @@ class Report:
             error = comparison.layers[worst].error if worst else 0.0
             largest = f"{error:.0e}".replace("e-0", "e-") if error else "0"
             text = f"{right} of {self.modules} modules match {place}, largest error {largest}"
-        if not self.ok:
-            text = f"THE FILE IS NOT RIGHT: {text}"
-        return text if whole == total else f"{text}. {' '.join(self.client_notes(most=2))}"
+        if others:
+            text += f"; not whole in {joined(others)}"
+        return text if self.ok else f"THE FILE IS NOT RIGHT: {text}"
 
     def lines(self) -> list[str]:
         """Details for a person: what is wrong with the file, then with clients, then remarks."""
@@ -100,6 +103,12 @@ class Report:
                     f"The largest error is in '{self.comparison.worst}': "
                     f"{self.comparison.layers[self.comparison.worst].error:.1e} of its update's "
                     f"norm, at most {self.largest_absolute:.1e} in a weight."
+                )
+            rounded = [one for one in self.comparison.layers.values() if one.error > MOST_ROUNDING]
+            if rounded and self.ok:
+                lines.append(
+                    f"Rounding to the file's precision changes the update of {len(rounded)} layers "
+                    f"by more than {MOST_ROUNDING:.0%}: save it in float32."
                 )
         return [*lines, *(self.in_diffusers or []), *self.client_notes(), *self.notes]
 

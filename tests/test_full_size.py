@@ -131,6 +131,5 @@ def test_attaching_merging_and_reading_headers_are_as_quick_as_promised(tmp_path
     save_adapter(adapter, tmp_path / "a.safetensors")
     header, _ = timed(read_header, tmp_path / "a.safetensors")
     assert header < 0.05
-    print(
-        f"{attached=:.3f} {scaled=:.3f} {detached=:.3f} {copied=:.2f} {first=:.2f} {change=:.2f} {header=:.4f}"
-    )
+    print(f"{attached=:.3f} {scaled=:.3f} {detached=:.3f} {header=:.4f}")
+    print(f"{copied=:.2f} {first=:.2f} {change=:.2f}")

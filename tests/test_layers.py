@@ -3,6 +3,7 @@
 from copy import deepcopy
 from dataclasses import asdict, replace
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

@@ -82,7 +82,20 @@ def test_a_faithful_file_that_a_client_ignores_parts_of(tmp_path: Path) -> None:
     report = check_file(path, "sd15", adapter)
     assert report.ok and not report.everywhere
     assert "in 6 of 7 clients" in report.summary()
-    assert "In kohya's tools 4 of 354 layers are ignored: 'unet.conv_in'" in report.summary()
+    assert report.summary().endswith("; not whole in kohya's tools")
+    assert "In kohya's tools 4 of 354 layers are ignored: 'unet.conv_in'" in " ".join(
+        report.lines()
+    )
+
+
+def test_rounding_that_costs_much_of_an_update_is_told(file: Path) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    large, small, down = torch.full((1280, 1), 100.0), torch.randn(1280, 1), torch.randn(1, 1280)
+    up = torch.cat([large + small / 1000, -large], 1)  # the update drowns in the rounding
+    adapter = Adapter({name: LoRAWeights(torch.cat([down, down]), up, 2.0)})
+    save_adapter(adapter, file, torch.bfloat16)
+    lines = " ".join(check_file(file, "sd15", adapter).lines())
+    assert "changes the update of 1 layers by more than 5%: save it in float32" in lines
 
 
 def flip(tensors: dict[str, Tensor]) -> None:

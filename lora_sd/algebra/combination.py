@@ -10,6 +10,7 @@ alpha_i / rank_i enters once, in up, so that it may be negative.
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +30,7 @@ from lora_sd.algebra.low_rank import (
 from lora_sd.errors import AdapterError, shown_list
 from lora_sd.parts import Scales
 
+MOST_FOLDERS, MOST_TAGS = 50, 500  # of a merged file: a header has limits
 Part = tuple[LoRAWeights, float]  # a layer of one adapter and its scale
 SHARED_KEYS = (
     *("ss_base_model_version", "ss_v2", "ss_sd_model_name", "ss_sd_model_hash", "ss_clip_skip"),
@@ -222,4 +224,7 @@ def _tag_frequency(sources: Iterable[Mapping[str, str]]) -> dict[str, dict[str, 
                     own[str(tag)] = own.get(str(tag), 0) + int(count)
         except (ValueError, AttributeError, TypeError):
             continue
-    return merged
+    kept: dict[str, dict[str, int]] = {}
+    for folder in list(merged)[:MOST_FOLDERS]:
+        kept[folder] = dict(Counter(merged[folder]).most_common(MOST_TAGS))
+    return kept

@@ -13,6 +13,7 @@ from lora_sd.clients.tables import Module, Tables
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 PAIR, EMBEDDING_PAIR = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 
 
 def check(outline: Outline, tables: Tables) -> ClientReport:
@@ -93,7 +94,7 @@ def _layer(
         report.fatal.append(f"{name}: LoRA on a {module.kind}: PEFT raises")
         return
     is_embedding = module.kind == "Embedding"
-    read = EMBEDDING_PAIR if is_embedding else (*PAIR, "lora_B.bias", "lora_magnitude_vector")
+    read = EMBEDDING_PAIR if is_embedding else (*PAIR, "lora_B.bias", *MAGNITUDE)
     report.matched.update(key for part, key in parts.items() if part in read)
     shapes = {part: outline.shapes[key] for part, key in parts.items()}
     weight = module.shape

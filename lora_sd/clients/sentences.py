@@ -40,7 +40,7 @@ def sentences(
     for report in reports:
         for phrase in _phrases(report, layer_of, most):
             titles.setdefault(phrase, []).append(report.title)
-    return [f"In {_joined(found)} {phrase}." for phrase, found in titles.items()]
+    return [f"In {joined(found)} {phrase}." for phrase, found in titles.items()]
 
 
 def _phrases(report: ClientReport, layer_of: Mapping[str, str], most: int) -> list[str]:
@@ -71,5 +71,6 @@ def _first(problems: list[str]) -> str:
     return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def _joined(words: list[str]) -> str:
+def joined(words: list[str]) -> str:
+    """'a, b and c'."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -184,7 +184,7 @@ def parsed_source(text: str) -> "tuple[Path, Scales]":
         elif name in values:
             problems.append(f"'{text}' gives the scale of '{part or 'all'}' twice.")
         try:
-            values[name] = float(number)
+            values[name] = float(number) if "_" not in number else math.nan
         except ValueError:
             values[name] = math.nan
         if not math.isfinite(values[name]):

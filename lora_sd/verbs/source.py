@@ -160,4 +160,4 @@ def write_result(
     report = check_file(path, family, adapter, shapes=shapes)
     if not report.ok:
         raise AdapterError([f"'{path}': {report.summary()}", *report.lines()])
-    return [*notices, f"Read back: {report.summary()}"]
+    return [*notices, f"Read back: {report.summary()}.", *report.client_notes(most=2)]
