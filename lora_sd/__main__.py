@@ -1,6 +1,7 @@
 """Tools for adapter files: `python -m lora_sd <verb>`; alone it lists the verbs."""
 
 import importlib
+import signal
 from collections.abc import Sequence
 
 from lora_sd.errors import ConfigError, run_program, shown_list
@@ -42,5 +43,11 @@ def overview() -> str:
     )
 
 
+def stop(number: int, _: object) -> None:
+    """SIGTERM, taken as Ctrl-C is: what was half written is removed."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     run_program(main)

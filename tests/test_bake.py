@@ -17,12 +17,12 @@ from lora_sd.base_files import baking, open_base
 from lora_sd.base_files.baking import (
     Recipe,
     gather_updates,
-    staged,
     write_folder,
     write_single_file,
 )
 from lora_sd.base_files.tensor_stream import read_header
 from lora_sd.base_model import load_base_model
+from lora_sd.durable import staged
 from lora_sd.errors import AdapterError, UserError
 from lora_sd.formats import save_adapter
 from lora_sd.generate import PictureSettings, generate
@@ -158,8 +158,8 @@ def test_an_up_bias_is_added_to_the_bias(model_folder, tmp_path):
     name = "unet.mid_block.attentions.0.proj_in"
     adapter = Adapter({name: random_layer(base.shapes[name], 2, 1.0, bias=True)})
     baked, _ = bake_both(model_folder, tmp_path, [(adapter, Scales(0.5))])
-    expected = base.read_bias(name) + 0.5 * adapter.layers[name].bias_delta()
-    torch.testing.assert_close(baked.read_bias(name), expected)
+    expected = base.tensor(f"{name}.bias") + 0.5 * adapter.layers[name].bias_delta()
+    torch.testing.assert_close(baked.tensor(f"{name}.bias"), expected)
 
 
 def test_an_up_bias_without_a_bias_is_refused(model_folder):
@@ -248,9 +248,9 @@ def test_outputs_that_would_do_harm_are_refused(model_folder, tmp_path):
     (other / "thesis.txt").write_text("x")
     (tmp_path / "taken.safetensors").write_text("x")
     for output, overwrite, said in [
-        (base, True, "own place"),
-        (base / "unet" / "x.safetensors", True, "own place"),
-        (tmp_path, True, "own place"),
+        (base, True, "is the base model"),
+        (base / "unet" / "x.safetensors", True, "lies in the base"),
+        (tmp_path, True, "holds the base model"),
         (tmp_path / "taken.safetensors", False, "exists already"),
         (other, True, "no diffusers model"),
         (tmp_path / "none" / "x", False, "no folder"),
@@ -271,13 +271,14 @@ def test_a_single_file_cannot_become_a_folder(model_folder, tmp_path):
 
 
 def test_overwriting_replaces_whole_and_leaves_nothing(model_folder, tmp_path):
+    old = tmp_path / "x" / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors"
     for _ in range(2):
         bake(str(model_folder), [], tmp_path / "x", overwrite=True)
         bake(str(model_folder), [], tmp_path / "x.safetensors", overwrite=True)
-        (tmp_path / "x" / "old.txt").write_text("x")
+        old.touch()
     assert {path.name for path in tmp_path.iterdir()} == {"x", "x.safetensors"}
     bake(str(model_folder), [], tmp_path / "x", overwrite=True)
-    assert not (tmp_path / "x" / "old.txt").exists()
+    assert not old.exists()
 
 
 def test_a_failure_keeps_the_old_output(model_folder, tmp_path, monkeypatch):

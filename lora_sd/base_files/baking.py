@@ -1,11 +1,9 @@
 """A base model's files written anew with adapters in them, tensor by tensor."""
 
 import json
-import os
+import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +11,26 @@ from pathlib import Path
 import torch
 from torch import Size, Tensor
 
-from lora_sd import durable
 from lora_sd.adapter import Adapter, LoRAWeights
 from lora_sd.base_files.opening import WEIGHTS, BaseFiles
 from lora_sd.base_files.original import Piece, to_original
 from lora_sd.base_files.tensor_stream import StoredTensor, file_bytes, write_tensor_file
-from lora_sd.errors import AdapterError, UserError, shown_list
+from lora_sd.errors import AdapterError, UserError, shown_list, shown_size
 from lora_sd.parts import Scales
 
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data"),
 )
+COMPONENTS = (
+    *WEIGHTS,
+    *("tokenizer", "tokenizer_2", "scheduler"),
+    *("feature_extractor", "image_encoder", "safety_checker"),
+)
+OF_A_COMPONENT = re.compile(  # what diffusers and transformers write into a component's folder
+    r"(\w+_)?config\.json|merges\.txt|vocab\.json|tokenizer\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|(diffusion_pytorch_|pytorch_)?model[\w.\-]*\.(safetensors|json|bin)"
+)
+OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 SPARE_BYTES = 2**26
 Updates = Mapping[str, Sequence[tuple[LoRAWeights, float]]]  # by layer: factors, scale
 Watch = Callable[[Iterable[str]], Iterable[str]]
@@ -78,13 +85,19 @@ def gather_updates(base: BaseFiles, adapters: Sequence[tuple[Adapter, Scales]]) 
     """What the adapters add to each layer; layers at scale 0 are left alone.
 
     Raises:
-        AdapterError: an adapter does not fit the base, or has a bias for a layer without one.
+        AdapterError: an adapter does not fit the base, has a bias for a layer without one, or gets
+            a scale that float32 cannot hold.
     """
     updates: dict[str, list[tuple[LoRAWeights, float]]] = {}
     for number, (adapter, scales) in enumerate(adapters, 1):
         adapter.check_fits(base.shapes, adapter.metadata.get("ss_output_name", f"adapter {number}"))
         for name, weights in adapter.layers.items():
             if scale := scales.of(name, weights.weight_shape):
+                if abs(scale * max(weights.scaling, 1)) > torch.finfo(torch.float32).max:
+                    raise AdapterError(
+                        f"The scale {scale:g} of '{name}' is too large for any number format. "
+                        f"Choose a lower one."
+                    )
                 updates.setdefault(name, []).append((weights, scale))
     homeless = [
         name
@@ -180,6 +193,32 @@ def files_to_copy(folder: Path, read: set[Path]) -> tuple[list[Path], list[Path]
     return copied, left_out
 
 
+def foreign_files(base: BaseFiles, folder: Path) -> list[str]:
+    """Files of a diffusers folder, hidden ones and links among them, that neither this bake nor one
+    of another base writes there: those of its owner."""
+    read = {entry.stored.path for entry in base.entries}
+    copied, _ = files_to_copy(base.path, read)
+    own = {path.relative_to(base.path) for path in [*read, *copied]} | {Path("model_index.json")}
+    found = []
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        is_file = path.is_symlink() or not path.is_dir()
+        if is_file and place not in own and not _is_of_a_model(place):
+            found.append(str(place))
+    return found
+
+
+def _is_of_a_model(place: Path) -> bool:
+    """Whether a file's place in a diffusers folder tells that it is a part of the model's."""
+    if (
+        len(place.parts) == 2
+        and place.parts[0] in COMPONENTS
+        and OF_A_COMPONENT.fullmatch(place.name)
+    ):
+        return True
+    return place.name in OF_THE_SYSTEM
+
+
 def _is_copied(path: Path, place: Path, read: set[Path]) -> bool:
     if len(place.parts) > 1 and place.parts[0] not in WEIGHTS:
         return True  # another component, such as the safety checker
@@ -204,47 +243,9 @@ def check_room(folder: Path, wanted_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted_bytes + SPARE_BYTES:
         raise UserError(
-            f"The result needs {wanted_bytes / 1e9:.1f} GB, and the disk of '{folder}' has "
-            f"{free / 1e9:.1f} GB left. Make room, or choose another disk."
+            f"The result needs {shown_size(wanted_bytes + SPARE_BYTES)}, and the disk of "
+            f"'{folder}' has {shown_size(free)} left. Make room, or choose another disk."
         )
-
-
-@contextmanager
-def staged(final: Path) -> Iterator[Path]:
-    """A sibling path to write a file or folder to; it takes `final`'s place when all went well, and
-    is removed otherwise.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
-    """
-    path = final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex[:8]}")
-    old = path.with_name(f"{path.name}-old")
-    try:
-        yield path
-        if path.is_dir():
-            _sync_tree(path)
-            if final.exists():
-                os.replace(final, old)
-        durable.replace(path, final)
-        durable.remove_folder(old)
-    except OSError as error:
-        raise UserError(
-            f"'{final}' could not be written: {error.strerror or error}. It is as it was before."
-        ) from error
-    finally:
-        if old.exists() and not final.exists():
-            os.replace(old, final)
-        durable.remove_folder(path)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            durable.sync_folder(path)
-        else:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-    durable.sync_folder(folder)
 
 
 def _planned(recipe: Recipe, piece: Piece) -> tuple[torch.dtype, Size]:

@@ -4,7 +4,7 @@ ModelSpec 1.0.1 in checkpoints."""
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_sd.base_files import BaseFiles
+from lora_sd.base_files.opening import BaseFiles
 from lora_sd.formats import versions
 from lora_sd.formats.versions import ARCHITECTURES
 

@@ -130,7 +130,8 @@ def write_tensor_file(
         dtype, shape = plan[key]
         start, end = end, end + dtype.itemsize * shape.numel()
         header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    # What is no Unicode, as a file's name may be, is written as question marks.
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from lora_sd.adapter import Adapter
-from lora_sd.errors import AdapterError
+from lora_sd.errors import AdapterError, shown_list
 from lora_sd.formats.kohya import keys_of
 from lora_sd.formats.layer_tables import FAMILIES, layer_shapes
 from lora_sd.formats.layer_tensors import flat, is_whole, weight_shape
@@ -41,6 +41,8 @@ def detect_family(path: Path) -> str:
         AdapterError: the file is damaged, for an unknown model, or could be for several.
     """
     header = read_header(path)
+    if not header.tensors:
+        raise AdapterError(f"'{path}' holds no adapter: it has no tensors.")
     names = sort_names(header.tensors)
     shapes = {
         key: weight_shape({part: header.tensors[tensor].shape for part, tensor in parts.items()})
@@ -50,6 +52,14 @@ def detect_family(path: Path) -> str:
     fitting = {family: _count_fitting(family, shapes) for family in FAMILIES}
     best = [family for family in FAMILIES if fitting[family] == max(fitting.values())]
     most, _ = max(fitting.values())
+    if not shapes and names.twice:
+        twice = shown_list(sorted(names.twice), 2)
+        raise AdapterError(f"'{path}' holds its layers twice, under different names: {twice}.")
+    if not shapes and not names.other_kinds:
+        raise AdapterError(
+            f"'{path}' holds no layer with both of an adapter's factors, but tensors such as "
+            f"{shown_list(sorted(header.tensors), 2)}."
+        )
     if 2 * most <= len(shapes):
         kinds = ", ".join(sorted(names.other_kinds))
         raise AdapterError(

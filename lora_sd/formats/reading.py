@@ -4,6 +4,7 @@ The names are looked up among those of the model's layers, never guessed from un
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,11 +45,14 @@ class FileNames:
         layers: {layer's name in the file: {part: tensor name}}; the parts are `layer_tensors`'s.
         other_kinds: {kind of adapter that is no LoRA: names of its layers}.
         foreign: names that no format has.
+        twice: names of layers with a part that is there under two names, which are in none of the
+            others: nothing says which of the two is meant.
     """
 
     layers: dict[str, dict[str, str]] = field(default_factory=dict)
     other_kinds: dict[str, set[str]] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
+    twice: set[str] = field(default_factory=set)
 
 
 def sort_names(tensor_names: Iterable[str]) -> FileNames:
@@ -57,7 +61,10 @@ def sort_names(tensor_names: Iterable[str]) -> FileNames:
     for name in tensor_names:
         found = kohya.split(name) or diffusers.split(name)
         if found:
-            sorted_names.layers.setdefault(found[0], {})[found[1]] = name
+            parts = sorted_names.layers.setdefault(found[0], {})
+            if found[1] in parts:
+                sorted_names.twice.add(found[0])
+            parts[found[1]] = name
         elif kind := _other_kind(name):
             sorted_names.other_kinds.setdefault(kind[0], set()).add(kind[1])
         else:
@@ -65,6 +72,8 @@ def sort_names(tensor_names: Iterable[str]) -> FileNames:
     for layers in sorted_names.other_kinds.values():
         for layer in layers:
             sorted_names.layers.pop(layer, None)  # an alpha
+    for layer in sorted_names.twice:
+        sorted_names.layers.pop(layer, None)
     return sorted_names
 
 
@@ -124,24 +133,26 @@ class _Intake:
                 f"{len(layers)} of its layers are of the kind {kind}, such as "
                 f"{shown_list(sorted(layers), 1)}; only LoRA, LoCon and DoRA can be read"
             )
-        known, foreign, twice = known_keys(self._shapes), list(names.foreign), []
+        known, foreign, twice = known_keys(self._shapes), list(names.foreign), set(names.twice)
+        spellings = Counter(known[key] for key in names.layers if key in known)
         for key, parts in names.layers.items():
             if key not in known:
                 foreign += parts.values()
-            elif known[key] in self._layers:
-                twice.append(key)
+            elif spellings[known[key]] > 1:
+                twice.add(key)
             else:
                 self._keys[known[key]] = key
                 self._layers[known[key]] = parts
         if foreign:
             self.problems.append(
                 f"{len(foreign)} of its {len(self._tensors)} tensors belong to no layer of this "
-                f"model, such as {shown_list(foreign, 2)}"
+                f"model, such as {shown_list(sorted(foreign), 2)}"
             )
         if twice:
+            layers = {known.get(key, key) for key in twice}
             self.problems.append(
-                f"{len(twice)} of its layers are there twice, under different names, such as "
-                f"{shown_list(twice, 2)}"
+                f"{len(layers)} of its layers are there twice, under different names, such as "
+                f"{shown_list(sorted(twice), 2)}"
             )
 
     def build(self, alphas: PeftAlphas) -> dict[str, LoRAWeights]:

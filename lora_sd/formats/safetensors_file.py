@@ -20,11 +20,12 @@ from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
 from lora_sd import durable
-from lora_sd.errors import AdapterError, shown_list
+from lora_sd.errors import AdapterError, shown_list, shown_size
 
 MOST_BYTES = 2**30
 MOST_HEADER_BYTES = 4 * 2**20
 MOST_TENSORS = 20_000
+LIBRARY_HEADER_BYTES = 100_000_000  # more than that, safetensors itself refuses
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 BYTES_PER_VALUE = {"F16": 2, "BF16": 2, "F32": 4}
 BYTES_PER_ALPHA = {**BYTES_PER_VALUE, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
@@ -97,7 +98,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     take as the adapter's identity, and as `modelspec.hash_sha256`.
 
     Raises:
-        AdapterError: a tensor holds a value that is not finite; nothing has been written then.
+        AdapterError: a tensor holds a value that is not finite, or the file would be too large to
+            be read again; nothing has been written then.
     """
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -105,13 +107,33 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             f"'{path}' is not written: {len(bad)} tensors hold values that are not finite numbers, "
             f"such as {shown_list(bad, 1)}."
         )
-    durable.write_bytes(path, _serialize(tensors, metadata))
+    if len(tensors) > MOST_TENSORS:
+        raise AdapterError(
+            f"'{path}' is not written: it would hold {len(tensors):,} tensors, and could not be "
+            f"read again: at most {MOST_TENSORS:,} are."
+        )
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size_bytes > MOST_BYTES - MOST_HEADER_BYTES:
+        raise AdapterError(
+            f"'{path}' is not written: it would be {shown_size(size_bytes)} large, and is not read "
+            f"above 1 GiB. Choose a lower rank, or float16."
+        )
+    header, body = _serialize(tensors, metadata)
+    if len(header) > MOST_HEADER_BYTES:
+        longest = max(metadata, key=lambda key: len(metadata[key]), default="")
+        raise AdapterError(
+            f"'{path}' is not written: its header would be {shown_size(len(header))} large, and is "
+            f"not read above 4 MiB. The longest of its metadata is "
+            f"{shown_list([longest])}, {shown_size(len(metadata.get(longest, '')))}."
+        )
+    durable.write_bytes(path, struct.pack("<Q", len(header)) + header + body)
 
 
-def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of the file: wide dtypes first, so that every tensor is aligned, then by name.
+def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """(header, body) of the file: wide dtypes first, so that every tensor is aligned, then by name.
 
-    The library writes metadata in an order that changes from run to run.
+    The library writes metadata in an order that changes from run to run. What is no Unicode, as a
+    file's name may be, is written as question marks.
     """
     header: dict[str, Any] = {}
     body = bytearray()
@@ -126,9 +148,8 @@ def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
     digest = durable.sha256_bytes(bytes(body))
     hashes = dict(zip(OF_THE_BODY, (digest, f"0x{digest}"), strict=True))
     header = {"__metadata__": dict(sorted({**metadata, **hashes}.items())), **header}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + bytes(body)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+    return text + b" " * (-len(text) % 8), bytes(body)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -148,10 +169,15 @@ def _checked_header(file: BinaryIO, path: Path) -> Header:
     length = path.stat().st_size
     start = file.read(9)
     size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else -1
-    if size < 0 or start[8:] != b"{" or size > MOST_HEADER_BYTES:
+    if size < 0 or start[8:] != b"{" or size > LIBRARY_HEADER_BYTES:
         raise AdapterError(f"'{path}' is not a safetensors file.")
     if 8 + size > length:
         raise AdapterError(f"'{path}' is cut short: its header is not whole. Get it again.")
+    if size > MOST_HEADER_BYTES:
+        raise AdapterError(
+            f"'{path}' has a header of {shown_size(size)}, its names and metadata: above 4 MiB it "
+            f"is not read."
+        )
     repeated: list[str] = []
 
     def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,11 +193,11 @@ def _checked_header(file: BinaryIO, path: Path) -> Header:
     metadata = header.pop("__metadata__", {})
     if len(header) > MOST_TENSORS:
         raise AdapterError(f"'{path}' holds {len(header):,} tensors: no adapter does.")
-    if repeated:
-        raise AdapterError(f"'{path}' names {shown_list(repeated, 1)} twice.")
     strange = [name[:60] for name in header if not NAME.fullmatch(name)]
     if strange:
         raise AdapterError(f"'{path}' has tensors with strange names: {strange[0]!r}.")
+    if repeated:
+        raise AdapterError(f"'{path}' names {shown_list([repeated[0][:200]])} twice.")
     if not isinstance(metadata, dict):
         raise AdapterError(f"'{path}' is not a safetensors file: its metadata is damaged.")
     tensors = {name: _entry(name, said, length - 8 - size, path) for name, said in header.items()}

@@ -1,12 +1,14 @@
 """`bake`: adapters put into a base model for good, which is saved."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_sd import durable
 from lora_sd.errors import Problems, UserError, shown_list
 from lora_sd.verbs.arguments import (
     add_allow_partial,
@@ -80,7 +82,7 @@ def bake(
         BaseModelError: the base cannot be read.
         AdapterError: an adapter cannot be read or belongs to another model, or a sum is too large
             for the dtype.
-        UserError: the output exists, is the base itself, or cannot be written.
+        UserError: the output exists, is or holds the base or an adapter, or cannot be written.
     """
     import torch
 
@@ -88,7 +90,6 @@ def bake(
     from lora_sd.base_files.baking import (
         Recipe,
         gather_updates,
-        staged,
         write_folder,
         write_single_file,
     )
@@ -96,7 +97,7 @@ def bake(
     from lora_sd.verbs.source import Source, read_for
 
     files = open_base(base)
-    check_target(files, output, overwrite)
+    check_target(files, [path for path, _ in sources], output, overwrite)
     problems = Problems()
     found: list[Source] = []
     for path, _ in sources:
@@ -108,7 +109,7 @@ def bake(
     recipe = Recipe(files, gather_updates(files, adapters), chosen)
     watch = partial(progress, what="baking", unit="tensor")
     files_left_out: list[str] = []
-    with staged(output) as path:
+    with durable.staged(output, overwrite) as path:
         if is_single_file(output):
             names = [source.stem for source, _ in sources]
             write_single_file(recipe, path, checkpoint_metadata(files, output.stem, names), watch)
@@ -129,19 +130,30 @@ def is_single_file(output: Path) -> bool:
     return output.suffix.lower() == ".safetensors"
 
 
-def check_target(base: "BaseFiles", output: Path, overwrite: bool) -> None:
+def check_target(
+    base: "BaseFiles", adapters: Sequence[Path], output: Path, overwrite: bool
+) -> None:
     """Whether the output may be written, asked before any work is done.
 
     Raises:
-        UserError: it is the base or has to do with it, it exists and may not be replaced, or its
-            folder does not exist.
+        UserError: it is or holds the base or an adapter, lies in the base, exists and may not be
+            replaced, holds files that are no model's, or its folder does not exist.
     """
-    here, there = output.resolve(), base.path.resolve()
+    from lora_sd.base_files.baking import foreign_files
+
+    durable.check_place(output)
     single = is_single_file(output)
-    if here == there or here in there.parents or there in here.parents:
+    inputs = {"the base model": base.path} | {f"the adapter '{path}'": path for path in adapters}
+    for what, path in inputs.items() if output.exists() else ():
+        if os.path.exists(path) and any(place.samefile(output) for place in _places(path)):
+            verb = "is" if path.samefile(output) else "holds"
+            raise UserError(
+                f"The output '{output}' {verb} {what}, which would be lost. Name another."
+            )
+    if base.is_folder and any(place.samefile(base.path) for place in _places(output)):
         raise UserError(
-            f"The output '{output}' is the base model's own place. Name another, so that the base "
-            f"stays as it is."
+            f"The output '{output}' lies in the base model's folder. Name another, so that the "
+            f"base stays as it is."
         )
     if not single and not base.is_folder:
         raise UserError(
@@ -157,6 +169,17 @@ def check_target(base: "BaseFiles", output: Path, overwrite: bool) -> None:
         raise UserError(f"'{output}' is a folder and no diffusers model: it is not overwritten.")
     if output.is_file() and not single:
         raise UserError(f"'{output}' is a file. A single file's name must end in '.safetensors'.")
+    if output.is_dir() and (foreign := foreign_files(base, output)):
+        raise UserError(
+            f"'{output}' holds what no model's folder does, and --overwrite would remove it: "
+            f"{shown_list(foreign)}. Move that away, or name another output."
+        )
+
+
+def _places(path: Path) -> list[Path]:
+    """The path, links resolved, and the folders that it lies in; those that exist."""
+    resolved = path.resolve()
+    return [place for place in (resolved, *resolved.parents) if place.exists()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
