@@ -23,12 +23,16 @@ def check_place(path: Path) -> None:
     """Whether a file or folder can have that path at all, asked before any work is done.
 
     Raises:
-        UserError: it has no name, or the system cannot look there, as of a name that is too long.
+        UserError: it has no name, one that is no Unicode, or one that is too long, or the system
+            cannot look there.
     """
     if not path.name:
         raise UserError(f"The output '{path}' has no name. Name a file or a new folder.")
     try:
+        str(path).encode()
         os.lstat(path)
+    except UnicodeEncodeError:  # safetensors cannot open it, and so no program can
+        raise UserError(f"The output '{path}' is no Unicode. Name another.") from None
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from lora_sd import durable
 from lora_sd.errors import ConfigError, UserError, nearest
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -104,8 +105,9 @@ def check_output(path: Path, overwrite: bool, suffix: str = ".safetensors") -> N
 
     Raises:
         UserError: it exists and `overwrite` is False, its folder does not exist, it is a folder,
-            or its name does not end in `suffix`.
+            its name does not end in `suffix`, or no file can have it.
     """
+    durable.check_place(path)
     problems = []
     if path.suffix.lower() != suffix:
         problems.append(f"The output '{path}' must end in '{suffix}'.")
@@ -133,9 +135,3 @@ def tell_written(path: Path, facts: Iterable[str], notices: Iterable[str]) -> No
     print(f"'{path}': {', '.join(facts)}")
     for notice in notices:
         print(notice)
-
-
-def shown_size(size_bytes: int) -> str:
-    """'4.30 MB', '1.20 GB'."""
-    unit, name = (1e9, "GB") if size_bytes >= 1e9 else (1e6, "MB")
-    return f"{size_bytes / unit:.2f} {name}"

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sd import durable
-from lora_sd.errors import Problems, UserError, shown_list
+from lora_sd.errors import Problems, UserError, shown_list, shown_size
 from lora_sd.verbs.arguments import (
     add_allow_partial,
     add_dtype,
     progress,
-    shown_size,
     tell_written,
 )
 from lora_sd.verbs.combine import parsed_source

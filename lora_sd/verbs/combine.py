@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_sd.errors import AdapterError, ConfigError
+from lora_sd.errors import AdapterError, ConfigError, shown_size
 from lora_sd.verbs.arguments import (
     add_allow_partial,
     add_base,
@@ -19,7 +19,6 @@ from lora_sd.verbs.arguments import (
     check_rank_limit,
     nearest,
     progress,
-    shown_size,
     tell_written,
 )
 

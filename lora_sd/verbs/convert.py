@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_sd.errors import AdapterError, ConfigError
+from lora_sd.errors import AdapterError, ConfigError, shown_size
 from lora_sd.verbs.arguments import (
     FORMATS,
     add_allow_partial,
@@ -13,7 +13,6 @@ from lora_sd.verbs.arguments import (
     add_dtype,
     add_output,
     check_output,
-    shown_size,
     tell_written,
 )
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_sd.errors import ConfigError
+from lora_sd.errors import ConfigError, shown_size
 from lora_sd.verbs.arguments import (
     DTYPES,
     FORMATS,
@@ -14,7 +14,6 @@ from lora_sd.verbs.arguments import (
     check_output,
     check_rank_limit,
     progress,
-    shown_size,
     tell_written,
 )
 

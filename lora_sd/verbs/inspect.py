@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sd import durable
+from lora_sd.errors import shown_size
 from lora_sd.verbs.arguments import (
     add_allow_partial,
     add_base,
     check_output,
     progress,
-    shown_size,
 )
 
 if TYPE_CHECKING:
