@@ -264,6 +264,58 @@ def test_outputs_that_would_do_harm_are_refused(model_folder, tmp_path):
     ]
 
 
+def test_an_adapter_is_not_overwritten_by_its_bake(tmp_path):
+    adapter = random_adapter(open_base("tiny-sd").shapes)
+    save_adapter(adapter, tmp_path / "cat.safetensors")
+    bake("tiny-sd", [], tmp_path / "x")
+    shutil.copy(tmp_path / "cat.safetensors", tmp_path / "x")
+    (tmp_path / "link.safetensors").symlink_to("cat.safetensors")
+    for source, output, said in [
+        ("cat.safetensors", "cat.safetensors", "is the adapter"),
+        ("cat.safetensors", "link.safetensors", "is the adapter"),
+        ("x/cat.safetensors", "x", "holds the adapter"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            bake("tiny-sd", [(tmp_path / source, Scales())], tmp_path / output, overwrite=True)
+        assert read_header(tmp_path / source)[0]
+
+
+def test_a_folder_with_files_of_its_owner_is_not_overwritten(model_folder, tmp_path):
+    bake(str(model_folder), [], tmp_path / "x")
+    mine = ["notes.txt", "unet/mine.safetensors", ".git/config"]
+    (tmp_path / "x" / ".git").mkdir()
+    for name in [*mine, ".DS_Store"]:
+        (tmp_path / "x" / name).write_text("x")
+    with pytest.raises(UserError, match="would remove it") as caught:
+        bake(str(model_folder), [], tmp_path / "x", overwrite=True)
+    assert all(f"'{name}'" in str(caught.value) for name in mine)
+    assert "DS_Store" not in str(caught.value)
+    for name in mine:
+        (tmp_path / "x" / name).unlink()
+    bake("tiny-sd", [], tmp_path / "x", overwrite=True)
+
+
+def test_a_bake_that_came_meanwhile_stays(model_folder, tmp_path, monkeypatch):
+    write = baking.write_folder
+
+    def slow(*arguments):
+        done = write(*arguments)
+        shutil.copytree(model_folder, tmp_path / "x")
+        return done
+
+    monkeypatch.setattr(baking, "write_folder", slow)
+    with pytest.raises(UserError, match="meanwhile"):
+        bake("tiny-sd", [], tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert_same_tensors(open_base(str(tmp_path / "x")), open_base(str(model_folder)))
+
+
+def test_a_scale_beyond_float32_is_refused(model_folder):
+    base = open_base(str(model_folder))
+    with pytest.raises(AdapterError, match="1e\\+300 .* too large"):
+        gather_updates(base, [(random_adapter(base.shapes), Scales(1e300))])
+
+
 def test_a_single_file_cannot_become_a_folder(model_folder, tmp_path):
     bake_both(model_folder, tmp_path, [])
     with pytest.raises(UserError, match="from_single_file"):
@@ -297,7 +349,7 @@ def test_a_failure_keeps_the_old_output(model_folder, tmp_path, monkeypatch):
 
 def test_a_full_disk_is_told_before(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(baking.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(UserError, match="Make room"):
+    with pytest.raises(UserError, match="needs .* MB, .* has 0 bytes left. Make room"):
         bake(str(model_folder), [], tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 

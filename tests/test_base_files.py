@@ -112,7 +112,27 @@ def refused(path, *words):
         assert word in str(caught.value), str(caught.value)
 
 
+def cached(folder, hub, hub_id):
+    """Lay a folder into a hub cache, as huggingface_hub does."""
+    place = hub / f"models--{hub_id.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0a1b2c")
+    return shutil.copytree(folder, place / "snapshots" / "0a1b2c")
+
+
+def test_a_hub_id_is_found_in_the_cache(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    refused("some/model", "no base model 'some/model' on this machine yet")
+    snapshot = cached(model_folder, tmp_path, "some/model")
+    assert_same_tensors(open_base("some/model"), open_base(str(model_folder)))
+    shutil.rmtree(snapshot / "vae")
+    refused("some/model", "in part only", "diffusion_pytorch_model.safetensors' is missing")
+
+
 def test_what_is_not_there_or_pickled_is_refused(tmp_path):
+    refused("a" * 300, "File name too long")
+    refused("~nobody-of-that-name/x", "There is no base model")
     refused(tmp_path / "none", "There is no base model", "tiny-sd")
     refused(tmp_path, "no model_index.json")
     (tmp_path / "old.ckpt").touch()

@@ -1,6 +1,10 @@
 """Files and folders appear whole or not at all."""
 
+import contextlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +84,82 @@ def test_a_file_that_windows_holds_is_tried_again(tmp_path, monkeypatch, refusal
         with pytest.raises(UserError, match="held by another program"):
             durable.write_text(file, "new")
         assert file.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with durable.staged(tmp_path / "link") as folder:
+        folder.mkdir()
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink() and names(tmp_path / "real") == ["new"]
+    assert names(tmp_path) == ["link", "real"]
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("has_links", [False, True])
+def test_what_has_come_meanwhile_stays(is_folder, has_links, tmp_path, monkeypatch):
+    def none(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    def make(path, text):
+        if is_folder:
+            path.mkdir()
+        (path / "a" if is_folder else path).write_text(text)
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", none)
+    final = tmp_path / "x"
+    with (
+        pytest.raises(UserError, match="meanwhile"),
+        durable.staged(final, overwrite=False) as path,
+    ):
+        make(path, "mine")
+        make(final, "theirs")
+    assert (final / "a" if is_folder else final).read_text() == "theirs"
+    assert names(tmp_path) == ["x"]
+    final.rename(tmp_path / "y")
+    with durable.staged(final, overwrite=False) as path:
+        make(path, "mine")
+    assert names(tmp_path) == ["x", "y"]
+
+
+def test_what_a_killed_process_had_set_aside_is_put_back(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    machine = durable._machine()
+    (tmp_path / f".tmp-x-{machine}-{process.pid}-0123abcd").mkdir()
+    old = tmp_path / f".tmp-x-{machine}-{process.pid}-0123abcd-old"
+    old.mkdir()
+    (old / "a").write_text("old")
+    elsewhere = tmp_path / f".tmp-x-ffffffff-{process.pid}-0123abcd"
+    elsewhere.touch()
+    with contextlib.suppress(KeyboardInterrupt), durable.staged(tmp_path / "x"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == [elsewhere.name, "x"] and names(tmp_path / "x") == ["a"]
+
+
+def test_a_number_that_a_later_process_has_is_no_owner(tmp_path):
+    leftover = tmp_path / f".tmp-x-{durable._machine()}-{os.getpid()}-0123abcd"
+    leftover.touch()
+    os.utime(leftover, (1, 1))
+    durable.write_text(tmp_path / "x", "")
+    assert names(tmp_path) == ["x"]
+
+
+def test_long_names(tmp_path):
+    durable.write_text(tmp_path / ("a" * 255), "whole")
+    durable.write_text(tmp_path / ("ü" * 127), "whole")
+    assert len(names(tmp_path)) == 2
+    with pytest.raises(UserError, match="too long"):
+        durable.write_text(tmp_path / ("a" * 256), "")
+    assert len(names(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "name, said", [("", "no name"), ("a" * 256, "too long"), ("\udcff", "no Unicode")]
+)
+def test_places_that_no_file_can_have(name, said):
+    with pytest.raises(UserError, match=said):
+        durable.check_place(Path(name))
+    durable.check_place(Path("none/none"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PROJECT
 from make_adapters import random_adapter
+from safetensors.torch import save_file
 
 from lora_sd import layer_names
 from lora_sd.adapter import Adapter
@@ -109,6 +110,20 @@ def test_an_unknown_model_s_file_is_refused(path, adapter):
     save_adapter(adapter, path)
     with pytest.raises(AdapterError, match=r"a\.safetensors' is for no model that is known"):
         load_any(path)
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ([], "has no tensors"),
+        (["x.weight"], "no layer with both .* such as 'x.weight'"),
+        (["lora_unet_a.lora_up.weight", "lora_unet_a.lora_B.weight"], "twice.*'lora_unet_a'"),
+    ],
+)
+def test_a_file_without_whole_layers_is_refused(path, names, said):
+    save_file({name: torch.ones(1, 1) for name in names}, path)
+    with pytest.raises(AdapterError, match=said):
+        detect_family(path)
 
 
 def test_one_foreign_layer_does_not_hide_the_family(path):

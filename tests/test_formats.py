@@ -18,7 +18,8 @@ from lora_sd.durable import sha256_bytes
 from lora_sd.errors import AdapterError
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.formats.kohya import keys_of
-from lora_sd.formats.safetensors_file import read_header
+from lora_sd.formats.reading import sort_names
+from lora_sd.formats.safetensors_file import read_header, write_tensors
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.merge import MergedWeights
 
@@ -211,3 +212,73 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, shapes):
 def test_an_adapter_of_another_size_of_model_is_refused(file):
     with pytest.raises(AdapterError, match="another"):
         load_adapter(file, layer_names.layer_shapes(make_unet(block_out_channels=(8, 24))))
+
+
+def test_a_factor_under_two_names_is_refused_whichever_comes_first(file, shapes):
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    key = "lora_unet_conv_in"
+    again = {f"{key}.lora_B.weight": tensors[f"{key}.lora_up.weight"] + 1}
+    for both in ({**tensors, **again}, {**again, **tensors}):
+        file.write_bytes(save(both))
+        with pytest.raises(AdapterError, match=f"1 of its layers are there twice.*'{key}'"):
+            load_adapter(file, shapes)
+        partly = load_adapter(file, shapes, allow_partial=True)
+        assert partly.layers.keys() == layers_of(tensors, shapes) - {"unet.conv_in"}
+    assert sort_names(again.keys() | tensors.keys()).twice == {key}
+
+
+def layers_of(tensors, shapes):
+    keys = {name.partition(".")[0] for name in tensors}
+    return {name for name, key in keys_of(shapes, False).items() if key in keys}
+
+
+def test_a_layer_under_two_names_is_left_out_whole(file, shapes):
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    again = {
+        k.replace("lora_unet_conv_in", "lycoris_conv_in"): v + 1
+        for k, v in tensors.items()
+        if k.startswith("lora_unet_conv_in.")
+    }
+    file.write_bytes(save({**again, **tensors}))
+    with pytest.raises(AdapterError, match="1 of its layers are there twice"):
+        load_adapter(file, shapes)
+    assert "unet.conv_in" not in load_adapter(file, shapes, allow_partial=True).layers
+
+
+def test_what_could_not_be_read_again_is_not_written(file):
+    before, tensors = file.read_bytes(), load_file(file)
+    huge = {"ss_tag_frequency": "x" * 5_000_000, "ss_network_dim": "2"}
+    with pytest.raises(AdapterError, match="header would be 5.03 MB.*'ss_tag_frequency', 5.00 MB"):
+        write_tensors(file, tensors, huge)
+    many = dict.fromkeys((f"t{n}" for n in range(20_001)), torch.ones(1))
+    with pytest.raises(AdapterError, match="20,001 tensors"):
+        write_tensors(file, many, {})
+    wide = {"a": torch.zeros(1).expand(2**15, 2**13)}
+    with pytest.raises(AdapterError, match="1.07 GB large"):
+        write_tensors(file, wide, {})
+    assert file.read_bytes() == before
+
+
+def test_a_header_that_is_too_long_is_told(file, shapes):
+    save_file(load_file(file), file, {"ss_tag_frequency": "x" * 5_000_000})
+    with pytest.raises(AdapterError, match="header of 5.03 MB.*above 4 MiB"):
+        load_adapter(file, shapes)
+
+
+def test_metadata_that_is_no_unicode_is_written_as_question_marks(file):
+    write_tensors(file, load_file(file), {"ss_output_name": "b\udcff"})
+    assert read_header(file).metadata["ss_output_name"] == "b?"
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["ss_output_name"] == "b?"
+
+
+@pytest.mark.parametrize("place", ["name", "metadata"])
+def test_control_characters_of_a_header_do_not_reach_the_terminal(place, tmp_path):
+    key = json.dumps("\x1b[31m")
+    twice = f"{key}:0,{key}:0"
+    text = f"{{{twice}}}" if place == "name" else f'{{"__metadata__":{{{twice}}}}}'
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    with pytest.raises(AdapterError) as caught:
+        read_header(file)
+    assert r"\x1b[31m" in str(caught.value) and str(caught.value).isprintable()

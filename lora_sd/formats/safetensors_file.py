@@ -101,12 +101,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         AdapterError: a tensor holds a value that is not finite, or the file would be too large to
             be read again; nothing has been written then.
     """
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise AdapterError(
-            f"'{path}' is not written: {len(bad)} tensors hold values that are not finite numbers, "
-            f"such as {shown_list(bad, 1)}."
-        )
     if len(tensors) > MOST_TENSORS:
         raise AdapterError(
             f"'{path}' is not written: it would hold {len(tensors):,} tensors, and could not be "
@@ -117,6 +111,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise AdapterError(
             f"'{path}' is not written: it would be {shown_size(size_bytes)} large, and is not read "
             f"above 1 GiB. Choose a lower rank, or float16."
+        )
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise AdapterError(
+            f"'{path}' is not written: {len(bad)} tensors hold values that are not finite numbers, "
+            f"such as {shown_list(bad, 1)}."
         )
     header, body = _serialize(tensors, metadata)
     if len(header) > MOST_HEADER_BYTES:
