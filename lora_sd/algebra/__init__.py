@@ -1,1 +1,1 @@
-"""What can be computed of adapters: spectra, truncation, sums, differences; extraction from models."""
+"""What can be computed of adapters: spectra, truncation, sums, differences, extraction."""
