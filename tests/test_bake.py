@@ -1,6 +1,7 @@
 """`bake`: the baked model against the merged one, and against what diffusers reads of it."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -239,6 +240,15 @@ def test_the_single_file_says_what_it_is(model_folder, tmp_path):
     metadata = read_header(tmp_path / "x.safetensors")[1]
     assert metadata["modelspec.title"] == "x"
     assert metadata["modelspec.merged_from"] == f"{model_folder.name}, cat"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_an_adapter_whose_name_is_no_unicode_is_baked(model_folder, tmp_path):
+    adapter = random_adapter(open_base(str(model_folder)).shapes)
+    save_adapter(adapter, tmp_path / "c\udcff.safetensors", torch.float32)
+    source = tmp_path / "c\udcff.safetensors", Scales()
+    bake(str(model_folder), [source], tmp_path / "x.safetensors")
+    assert read_header(tmp_path / "x.safetensors")[1]["modelspec.merged_from"].endswith(", c?")
 
 
 def test_outputs_that_would_do_harm_are_refused(model_folder, tmp_path):

@@ -29,6 +29,7 @@ def main(argv):
             time.sleep(60)
     return 0
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 signal.signal(signal.SIGTERM, stop)
 run_program(main)
 """
