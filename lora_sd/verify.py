@@ -216,7 +216,9 @@ def _check_in_diffusers(path: Path, found: Adapter, base: "BaseModel") -> list[s
         if magnitude is None and meant.magnitude is not None:
             without_dora.append(name)
     return [
-        f"diffusers {what} {len(names)} of {len(found.layers)} layers: {shown_list(names)}."
+        f"diffusers {what} all {len(names)} layers."
+        if len(names) == len(found.layers)
+        else f"diffusers {what} {len(names)} of {len(found.layers)} layers: {shown_list(names)}."
         for what, names in (
             ("leaves out", missing),
             ("applies otherwise than meant", wrong),

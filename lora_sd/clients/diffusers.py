@@ -22,7 +22,7 @@ def check(outline: Outline, tables: Tables) -> ClientReport:
     for key in outline.shapes:
         if "dora_scale" in key:
             report.ignored[key] = (
-                "dora_scale is filtered out with a warning (the DoRA is applied as a plain LoRA)"
+                "dora_scale is left out with a warning: DoRA is applied as plain LoRA"
             )
     keys = [key for key in outline.shapes if key not in report.ignored]
     if keys and all(key.startswith(diffusers_kohya.PREFIXES) for key in keys):

@@ -57,8 +57,13 @@ def _phrases(report: ClientReport, layer_of: Mapping[str, str], most: int) -> li
     ):
         if names:
             verb = "is" if len(names) == 1 else "are"
+            lost = {key.rpartition(".")[2] for key in report.keys if key not in report.used}
+            without = ", without DoRA's norms" if lost == {"dora_scale"} else ""
             phrases.append(
-                f"{len(names)} of {total} layers {verb} {how}: {shown_list(names, most)}"
+                f"all {total} layers are {how}{without}"
+                if len(names) == total
+                else f"{len(names)} of {total} layers {verb} {how}{without}: "
+                f"{shown_list(names, most)}"
             )
     if report.shape_errors:
         phrases.append(f"the shape is wrong: {_first(report.shape_errors)}")
