@@ -17,7 +17,6 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from lora_sd import adapter_metadata, checkpoint, clients, inject, layer_choice, layer_names, loss
-from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
 from lora_sd.config import Config
 from lora_sd.data.cache import Cache, encode
@@ -239,13 +238,8 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         verified = ""
         if is_main:
             record.state("saving", "writing the adapter", step)
-            adapter = inject.collect(base.components)
-            adapter.metadata = {
-                **adapter_metadata.describe_run(config, base, run.name),
-                **adapter_metadata.describe_data([e.caption for e in folder.examples], resolution),
-                **adapter_metadata.describe_result(run, run.sample_file(step, 0)),
-            }
-            verified = _save_and_verify(adapter, run, base, config.output.dtype, file_format, told)
+            captions = [example.caption for example in folder.examples]
+            verified = _save_result(config, base, run, step, captions, file_format, told)
             if samples and config.sample.scales:
                 record.state("sampling", "drawing the grid of scales")
                 inject.detach(base.components)
@@ -425,11 +419,12 @@ def _pictures_may_fail(what: str) -> Iterator[None]:
         log.warning("%s could not be drawn.", what, exc_info=True)
 
 
-def _save_and_verify(
-    adapter: Adapter,
-    run: RunFolder,
+def _save_result(
+    config: Config,
     base: BaseModel,
-    dtype: str,
+    run: RunFolder,
+    step: int,
+    captions: Sequence[str],
     file_format: str,
     told: Sequence[str],
 ) -> str:
@@ -438,12 +433,19 @@ def _save_and_verify(
     Args:
         told: what was said before the start, and need not be said again.
     """
-    notices = save_adapter(adapter, run.adapter_file, getattr(torch, dtype), file_format)
+    adapter = inject.collect(base.components)
+    adapter.metadata = {
+        **adapter_metadata.describe_run(config, base, run.name),
+        **adapter_metadata.describe_data(captions, config.data.resolution_px),
+        **adapter_metadata.describe_result(run, run.sample_file(step, 0)),
+    }
+    dtype = getattr(torch, config.output.dtype)
+    notices = save_adapter(adapter, run.adapter_file, dtype, file_format)
     log.info("Adapter: %s", run.adapter_file)
+    report = check_file(run.adapter_file, base.family, adapter, base)
     for notice in notices:
         if notice not in told:
             log.warning("Note: %s", notice)
-    report = check_file(run.adapter_file, base.family, adapter, base)
     log.info("Read back: %s", report.summary())
     for line in report.lines():
         if line not in told:
