@@ -238,8 +238,8 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         verified = ""
         if is_main:
             record.state("saving", "writing the adapter", step)
-            captions = [example.caption for example in folder.examples]
-            verified = _save_result(config, base, run, step, captions, file_format, told)
+            seen = [example.caption for example in folder.examples]
+            verified = _save_result(config, base, run, step, seen, file_format, told)
             if samples and config.sample.scales:
                 record.state("sampling", "drawing the grid of scales")
                 inject.detach(base.components)
