@@ -18,8 +18,9 @@ import torch
 
 from lora_sd import __version__, durable
 from lora_sd.adapter import Adapter
+from lora_sd.algebra.comparison import compare
 from lora_sd.errors import RunError, UserError
-from lora_sd.formats import save_adapter
+from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.run_folder import RunFolder
 
 FORMAT = 1
@@ -66,6 +67,7 @@ def save(
 
     def fill(folder: Path) -> None:
         save_adapter(adapter, folder / ADAPTER, torch.float32, exact=True)
+        _read_back(folder / ADAPTER, adapter)
         torch.save(state, folder / OPTIMIZER)
         manifest = {
             "format": FORMAT,
@@ -92,6 +94,14 @@ def save(
     for old in _folders(run)[:-keep]:
         durable.remove_folder(old)
     return final
+
+
+def _read_back(file: Path, adapter: Adapter) -> None:
+    """Raises RunError when an adapter's file does not hold what was saved."""
+    shapes = {name: layer.weight_shape for name, layer in adapter.layers.items()}
+    comparison = compare(load_adapter(file, shapes), adapter)
+    if not comparison.ok:
+        raise RunError(f"what was read back of {ADAPTER} is not what was saved")
 
 
 def find_newest(run: RunFolder, identity: Identity) -> tuple[Path | None, list[str]]:

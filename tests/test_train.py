@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import PROJECT
 
 import train_sd_lora
 from lora_sd import train as trainer
+from lora_sd.adapter import Adapter
 from lora_sd.config import config_from_values
 from lora_sd.errors import EXIT_RESUMABLE, RunError, UserError
 from lora_sd.formats import load_adapter
@@ -183,6 +185,21 @@ def test_accumulation_and_batch_give_the_same_losses_and_gradients(run_settings)
     for key in ("loss", "grad_norm"):
         expected = [record[key] for record in whole.read_metrics()]
         assert [record[key] for record in parts.read_metrics()] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_that_does_not_hold_what_was_saved_is_no_checkpoint(run_settings, monkeypatch):
+    original = trainer.checkpoint.save_adapter
+
+    def spoiled(adapter, path, *arguments, **options):
+        name, layer = next(iter(adapter.layers.items()))
+        other = replace(layer, up=layer.up + 1)
+        original(Adapter({**adapter.layers, name: other}), path, *arguments, **options)
+
+    monkeypatch.setattr(trainer.checkpoint, "save_adapter", spoiled)
+    with pytest.raises(RunError, match="read back of adapter.safetensors is not what was saved"):
+        train(run_settings)
+    run = RunFolder(Path(run_settings["output"]["folder"]) / "run")
+    assert list(run.checkpoints.iterdir()) == []
 
 
 def test_a_finished_run_is_left_alone(run_settings):
