@@ -24,6 +24,7 @@ from lora_sd import __version__
 from lora_sd.base_model import BaseModel
 from lora_sd.config import Config
 from lora_sd.errors import ConfigError
+from lora_sd.formats import versions
 from lora_sd.formats.layer_tables import EMBEDDED
 from lora_sd.formats.safetensors_file import read_header
 from lora_sd.run_folder import RunFolder
@@ -42,8 +43,7 @@ def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
     metadata = {
         "ss_output_name": name,
         "ss_sd_model_name": _shared_model(config.base.model),
-        "ss_base_model_version": base.kohya_version,
-        "ss_v2": str(base.kohya_version.startswith("sd_v2")),
+        **versions.adapter_metadata(base.kohya_version),
         "ss_steps": str(options.steps),
         "ss_max_train_steps": str(options.steps),
         "ss_learning_rate": str(options.learning_rate),
@@ -69,8 +69,6 @@ def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
         "lora_sd.version": __version__,
         CONFIG: json.dumps(shared_config(config), ensure_ascii=False),
     }
-    if base.architecture:
-        metadata["modelspec.architecture"] = f"{base.architecture}/lora"
     if config.data.trigger_word:
         metadata["modelspec.trigger_phrase"] = config.data.trigger_word
     return metadata

@@ -105,11 +105,6 @@ class BaseModel:
         a model that is none of these."""
         return versions.kohya_version(self.family, self.prediction_type) or Path(self.name).name
 
-    @property
-    def architecture(self) -> str:
-        """`modelspec.architecture` of the base, or '' for a model that has none."""
-        return versions.ARCHITECTURES.get(self.kohya_version, "")
-
     def fingerprint(self) -> str:
         """Changes with the base's weights: a hash over the start of every tensor it trains on."""
         digest = hashlib.sha256()

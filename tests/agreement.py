@@ -22,6 +22,16 @@ def our_weights(layer: nn.Module) -> Weights:
     return found
 
 
+@torch.no_grad()
+def randomise(weights: Weights) -> None:
+    """Give a layer the values that training gives it, all parts far from their start."""
+    for name, weight in weights.items():
+        if name == "magnitude":
+            weight.mul_(1 + 0.3 * torch.rand_like(weight))
+        else:
+            nn.init.normal_(weight, std=0.1)
+
+
 def pull_both(outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Backward from two outputs, with the same random gradient arriving at both."""
     pull = torch.randn_like(outputs[0])

@@ -19,6 +19,7 @@ from agreement import (
     assert_gradients_agree,
     our_weights,
     pull_both,
+    randomise,
     train,
     whole_gradient,
 )
@@ -67,16 +68,6 @@ def locon_weights(layer: LoConModule) -> Weights:
 
 
 @torch.no_grad()
-def randomise_locon(layer: LoConModule) -> None:
-    """Give the layer the values that training gives it, all parts far from their start."""
-    for name, weight in locon_weights(layer).items():
-        if name == "magnitude":
-            weight.mul_(1 + 0.3 * torch.rand_like(weight))
-        else:
-            nn.init.normal_(weight, std=0.1)
-
-
-@torch.no_grad()
 def take_over(ours: nn.Module, theirs: LoConModule) -> None:
     weights = locon_weights(theirs)
     if theirs.wd:
@@ -91,7 +82,7 @@ def pair_of(base: nn.Module, rs: bool = False, dora: str = "", **options: object
     theirs = locon(deepcopy(base), 3, 2, rs, dora, **options)
     if dora:
         assert_agree(ours.magnitude, theirs.dora_scale, 1e-6, "DoRA's start")
-    randomise_locon(theirs)
+    randomise(locon_weights(theirs))
     take_over(ours, theirs)
     return ours, theirs
 
@@ -172,7 +163,7 @@ def unet_pair(preset: str, rs: bool, dora: str, randomised: bool):
         if dora:
             cut_the_norm_s_gradient(other)
         if randomised:
-            randomise_locon(other)
+            randomise(locon_weights(other))
         take_over(layers[plan.name], other)
         pairs.append((plan.name, layers[plan.name], other))
     return ours, theirs, pairs

@@ -17,6 +17,7 @@ from agreement import (
     assert_gradients_agree,
     our_weights,
     pull_both,
+    randomise,
     train,
     whole_gradient,
 )
@@ -58,16 +59,6 @@ def peft_weights(layer: PeftLayer) -> Weights:
 
 
 @torch.no_grad()
-def randomise_peft(layer: PeftLayer) -> None:
-    """Give PEFT's factors the values that training gives them, all parts far from their start."""
-    for name, weight in peft_weights(layer).items():
-        if name == "magnitude":
-            weight.mul_(1 + 0.3 * torch.rand_like(weight))
-        else:
-            nn.init.normal_(weight, std=0.1)
-
-
-@torch.no_grad()
 def take_over(ours, theirs: PeftLayer) -> None:
     """Copy PEFT's weights into our layer; PEFT shapes a convolution's magnitude (1, out, 1, 1)."""
     for name, weight in peft_weights(theirs).items():
@@ -82,7 +73,7 @@ def pair_of(base: nn.Module, rank: int = 3, alpha: float = 2, **options: object)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"], **names)
     theirs = inject_adapter_in_model(config, theirs)["layer"]
     ours = KINDS[type(base)](deepcopy(base), rank, alpha, **options)
-    randomise_peft(theirs)
+    randomise(peft_weights(theirs))
     take_over(ours, theirs)
     return ours, theirs
 
@@ -164,7 +155,7 @@ def unet_pair(preset: str, options: LayerOptions, randomised: bool = True):
     torch.manual_seed(1)
     for _, mine, other in pairs:
         if randomised:
-            randomise_peft(other)
+            randomise(peft_weights(other))
         take_over(mine, other)
     return ours, theirs, pairs
 

@@ -16,7 +16,7 @@ from lora_sd.algebra.low_rank import RankLimit, TruncationError, from_delta, kin
 from lora_sd.base_files import BaseFiles
 from lora_sd.base_files.metadata import adapter_metadata
 from lora_sd.errors import AdapterError, BaseModelError, shown_list
-from lora_sd.parts import TEXT_ENCODERS, component_of
+from lora_sd.parts import TEXT_ENCODERS, TOKENS, component_of
 
 
 @dataclass
@@ -129,7 +129,7 @@ def _common_layers(
         for name in base.shapes
         if name not in different
         and (text_encoders or component_of(name) not in TEXT_ENCODERS)
-        and not name.endswith(".token_embedding")  # kohya's format has no place for it
+        and not name.endswith(TOKENS)  # kohya's format has no place for it
     ]
     return names, different if text_encoders else []
 

@@ -26,11 +26,7 @@ def kohya_version(base: BaseFiles) -> str:
 
 def adapter_metadata(base: BaseFiles) -> dict[str, str]:
     """What an adapter for this model says of it."""
-    version = kohya_version(base)
-    metadata = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
-    if architecture := ARCHITECTURES.get(version):
-        metadata["modelspec.architecture"] = f"{architecture}/lora"
-    return metadata
+    return versions.adapter_metadata(kohya_version(base))
 
 
 def checkpoint_metadata(base: BaseFiles, title: str, adapters: Sequence[str]) -> dict[str, str]:

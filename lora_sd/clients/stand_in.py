@@ -15,6 +15,7 @@ from lora_sd.clients.outline import Shape
 from lora_sd.clients.tables import A1111Layer, Module, Tables, Target, load_tables
 from lora_sd.formats.kohya import keys_of
 from lora_sd.formats.layer_tables import layer_shapes
+from lora_sd.parts import TOKENS
 
 NUMBERED = re.compile(r"(blocks|attentions|resnets|layers)\.\d+")
 
@@ -32,7 +33,7 @@ def stand_in_tables(family: str, shapes: Mapping[str, Size]) -> Tables:
         if twin is None:
             continue
         shape, (component, _, path) = tuple(size), name.partition(".")
-        kind = "Embedding" if path.endswith("token_embedding") else _kind(shape)
+        kind = "Embedding" if path.endswith(TOKENS) else _kind(shape)
         tables.modules.setdefault(component, {})[path] = Module(kind, shape)
         for key, known_key in zip(keys[name], known_keys[twin], strict=True):
             if known_key in known.comfy:

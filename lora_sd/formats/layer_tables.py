@@ -13,12 +13,12 @@ from pathlib import Path
 from torch import Size
 
 from lora_sd.formats.safetensors_file import read_header
+from lora_sd.parts import TOKENS
 
 FAMILIES = ("tiny-sd", "sd15", "sd21", "sdxl")
 DATA = Path(__file__).with_name("layer_shapes.json")
 EMBEDDED = {"tiny-sd": Path(__file__).resolve().parents[2] / "assets" / "tiny-sd"}
 """Models that ship with the project, by name."""
-TOKEN_TABLE = "embeddings.token_embedding"
 
 
 @cache
@@ -58,5 +58,5 @@ def _tiny_sd() -> dict[str, Size]:
         for name, entry in tensors.items()
         if name.endswith(".weight")
         and len(entry.shape) > 1
-        and (".embeddings." not in name or name.endswith(f"{TOKEN_TABLE}.weight"))
+        and (".embeddings." not in name or name.endswith(f"{TOKENS}.weight"))
     }

@@ -17,3 +17,16 @@ def kohya_version(family: str, prediction_type: str) -> str:
     """
     version = VERSIONS.get(family, "")
     return f"{version}_v" if version == "sd_v2" and prediction_type == "v_prediction" else version
+
+
+def adapter_metadata(version: str) -> dict[str, str]:
+    """What an adapter says of the base model it is for: A1111 hides one that it takes for another
+    family's.
+
+    Args:
+        version: as of `kohya_version`, or the name of a model that kohya does not know.
+    """
+    metadata = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
+    if architecture := ARCHITECTURES.get(version):
+        metadata["modelspec.architecture"] = f"{architecture}/lora"
+    return metadata

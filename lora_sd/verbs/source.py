@@ -115,19 +115,13 @@ def format_of(path: Path) -> str:
 
 
 def named_for(metadata: dict[str, str], family: str) -> dict[str, str]:
-    """The metadata, saying also which family it is for where it did not: A1111 hides adapters that
-    it takes for another family's."""
-    from lora_sd.formats.versions import ARCHITECTURES, VERSIONS
+    """The metadata, saying also which family it is for where it did not."""
+    from lora_sd.formats.versions import VERSIONS, adapter_metadata
 
     if "ss_base_model_version" in metadata or family not in VERSIONS:
         return metadata
-    version = VERSIONS[family]
-    return {
-        "modelspec.architecture": f"{ARCHITECTURES[version]}/lora",
-        "ss_v2": str(family == "sd21"),
-        **metadata,
-        "ss_base_model_version": version,
-    }
+    said = adapter_metadata(VERSIONS[family])
+    return {**said, **metadata}
 
 
 def write_result(
