@@ -39,7 +39,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
     """What is known of a run before its first step."""
-    options, adapter, side = config.train, config.adapter, config.data.resolution_px
+    options, adapter, side = config.train, config.adapter, max(config.data.resolution_px)
     metadata = {
         "ss_output_name": name,
         "ss_sd_model_name": _shared_model(config.base.model),
@@ -56,7 +56,7 @@ def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
         "ss_gradient_accumulation_steps": str(options.gradient_accumulation),
         "ss_gradient_checkpointing": str(options.gradient_checkpointing),
         "ss_max_grad_norm": str(options.max_grad_norm),
-        "ss_caption_dropout_rate": str(options.caption_dropout),
+        "ss_caption_dropout_rate": str(config.data.caption_dropout),
         "ss_network_dropout": str(adapter.dropout or None),
         "ss_resolution": f"({side}, {side})",
         "ss_seed": str(options.seed),

@@ -15,10 +15,13 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -34,6 +37,12 @@ from lora_sd.errors import ConfigError, nearest
 
 LAYER_OPTIONS = ("init", "rs", "dora", "dropout", "rank_dropout", "module_dropout", "up_bias")
 Preset = Literal["attention", "attention-ff", "attention-conv", "full"]
+Resolution = Annotated[int, Field(ge=16, le=4096, multiple_of=8)]
+
+
+def _as_list(value: Any) -> Any:
+    """One value where several may stand."""
+    return value if isinstance(value, list | tuple) else [value]
 
 
 class Group(BaseModel):
@@ -44,24 +53,148 @@ class Group(BaseModel):
 
 class BaseGroup(Group):
     model: str = "tiny-sd"
-    """The Stable Diffusion model to adapt: 'tiny-sd' (ships with the project), the path of a
-    diffusers folder, or a hub id."""
+    """The Stable Diffusion model to adapt: 'tiny-sd' (ships with the project), a .safetensors
+    checkpoint as model sites offer them, the path of a diffusers folder, or a hub id."""
+    vae: str | None = None
+    """Another VAE for it: a .safetensors file, or a diffusers folder of one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the frozen base weights. 'auto': bfloat16 on a GPU that has it, float16 on
-    other GPUs, float32 on the CPU."""
+    other GPUs, float32 on the CPU. SDXL's VAE stays in float32 where float16 is too narrow."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the model predicts. 'auto': as its files say, else as its own loss on the pictures
+    tells. What is said is checked against that loss either way."""
+    zero_terminal_snr: Literal["auto", "yes", "no"] = "auto"
+    """Whether its last timestep is pure noise, as some v-prediction models have it. 'auto': as
+    its files say."""
+    clip_skip: int = Field(1, ge=1, le=12)
+    """Which of the text encoder's last layers is used: 1 the last, 2 the one before, as many
+    anime models want it. Not for SDXL, which always uses the one before."""
 
 
-class DataGroup(Group):
-    folder: str = "assets/ink-icons"
-    """Folder of training images, each with its caption beside it (fox.png, fox.txt)."""
+class PerFolderGroup(Group):
+    """How pictures and captions are treated; each of `data.folders` may have its own."""
+
     caption: str | None = None
-    """One caption for the images that have no .txt of their own."""
+    """One caption for the images that have none of their own."""
+    caption_fallback: Literal["none", "file_name", "folder_name"] = "none"
+    """What captions an image that has no other caption: nothing, its own name, or its folder's. A
+    folder named as kohya's tools want it ('10_sks cat') captions its images with that name anyway.
+    """
     trigger_word: str | None = Field(None, max_length=200)
     """A word or phrase put before every caption, to call the result by; it is noted in the
     adapter's file."""
-    resolution_px: int = Field(64, ge=16, le=4096, multiple_of=8)
-    """Side of the square training pictures, in pixels: 64 for tiny-sd, 512 for SD 1.5 and 2.1
-    base, 768 for SD 2.1. The shorter side is scaled to it and the middle cut out."""
+    caption_prefix: str = ""
+    """Text before every caption, behind the trigger word."""
+    caption_suffix: str = ""
+    """Text after every caption."""
+    shuffle_tags: bool = False
+    """Put a caption's tags, which commas part, into another order each time it is shown."""
+    keep_tags: int = Field(0, ge=0, le=1000)
+    """So many first tags stay in place when tags are shuffled or dropped; '|||' in a caption parts
+    what stays from what does not, too."""
+    tag_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of tags left out, drawn anew each time a caption is shown."""
+    caption_dropout: float = Field(0.05, ge=0, le=1)
+    """Share of pictures shown with an empty caption, which keeps guidance working."""
+    wildcards: bool = False
+    """Draw one of '{a|b}' in captions, and one line of a caption of several lines."""
+    resolution_px: Annotated[list[Resolution], BeforeValidator(_as_list)] = Field(
+        [64], min_length=1, max_length=8
+    )
+    """Sides of the training pictures in pixels: 64 for tiny-sd, 512 for SD 1.5, 768 for SD 2.1,
+    1024 for SDXL. Pictures keep their shape: this is the side of a square of the same area. With
+    several, each picture is shown at each."""
+    max_aspect_ratio: float = Field(2.0, ge=1, le=8, allow_inf_nan=False)
+    """Longest shape, as long side / short side; longer pictures are cut. 1: squares only."""
+    bucket_step_px: int | None = Field(None, ge=8, le=512, multiple_of=8)
+    """Sides of the training pictures are multiples of it. Empty: as the base model wants it."""
+    upscale: bool = False
+    """Enlarge pictures that are smaller than the resolution; else they are shown at their own
+    size."""
+    flip: bool = False
+    """Show pictures mirrored as often as not. Not for faces, text, or anything with sides."""
+    crop_jitter: float = Field(0.0, ge=0, le=0.5)
+    """Cut up to this share off the sides, each time elsewhere."""
+    colour_jitter: float = Field(0.0, ge=0, le=0.5)
+    """Vary brightness, contrast, saturation and hue by up to this share."""
+    variants: int | None = Field(None, ge=1, le=64)
+    """How many versions of each picture are drawn and encoded, to be shown in turn, the first of
+    them unchanged. Empty: 1, 2 with flip, 8 with jitter."""
+    background: str = "white"
+    """What transparent pictures are laid on: a colour's name, or '#rrggbb'."""
+    masks: Literal["off", "file", "alpha"] = "off"
+    """Where the loss counts: everywhere; where 'cat-mask.png' beside 'cat.png' is white; or where
+    the picture is not transparent."""
+    unmasked_weight: float = Field(0.0, ge=0, le=1)
+    """How much the rest of a masked picture counts."""
+
+
+class FolderGroup(PerFolderGroup):
+    folder: str
+    """Folder of images; folders inside it belong to it."""
+    kind: Literal["training", "regularisation", "validation"] = "training"
+    """What its pictures are for: to learn; to stay as they are (prior preservation: shown as often
+    as the others all together); or to measure the loss on, unseen."""
+    repeats: float = Field(1.0, gt=0, le=1000)
+    """How often each picture is shown in an epoch, times what its folder's name says ('10_cat');
+    0.5: every other epoch."""
+    loss_weight: float = Field(1.0, ge=0, le=100)
+    """How much its pictures' loss counts (of regularisation: the prior's weight)."""
+    class_pictures: int = Field(0, ge=0, le=10_000)
+    """For regularisation: have the base draw so many pictures of `caption` into the folder, where
+    there are fewer."""
+
+    @model_serializer(mode="wrap")
+    def _what_was_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what comes from `data`, so that a written config says the same again."""
+        return {name: value for name, value in dump(self).items() if name in self.model_fields_set}
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> "FolderGroup":
+        if self.class_pictures and (self.kind != "regularisation" or not self.caption):
+            raise ValueError("class_pictures wants kind: regularisation, and a caption to draw")
+        return self
+
+
+EXAMPLE_FOLDER = "assets/ink-icons"
+
+
+class DataGroup(PerFolderGroup):
+    folder: str | None = None
+    """Folder of training images, each with its caption beside it (fox.png, fox.txt); folders
+    inside it belong to it. Empty, with no `folders` either: the example pictures."""
+    folders: list[FolderGroup] = []
+    """Further folders, each with 'folder', and what it wants of 'kind', 'repeats', 'loss_weight',
+    'class_pictures' and of the other settings of `data` for itself: a list in YAML; JSON as a
+    flag."""
+    bad_pictures: Literal["fail", "skip"] = "fail"
+    """What to do about pictures and captions that cannot be used: stop and name them all, or leave
+    them out and name them all."""
+    max_tokens: Literal[75, 150, 225] = 75
+    """Tokens of a caption that are read; more than 75 are encoded in parts, as A1111 and ComfyUI
+    do with long prompts."""
+    cache: Literal["disk", "memory"] = "disk"
+    """Where encoded pictures and captions are kept: on disk, to be found there by the next run, or
+    in memory alone."""
+    cache_folder: str | None = None
+    """Where on disk. Empty: 'cache' in the folder of all runs. It may be deleted at any time."""
+
+    @model_validator(mode="after")
+    def _some_folder(self) -> "DataGroup":
+        if not self.folder and not self.folders:
+            self.folder = EXAMPLE_FOLDER
+        if not self.folder and all(one.kind != "training" for one in self.folders):
+            raise ValueError("no folder is of kind 'training'")
+        return self
+
+    def folder_options(self) -> list[dict[str, Any]]:
+        """Each folder with its settings, as `data.folder_options.FolderOptions` takes them."""
+        shared = self.model_dump(include=set(PerFolderGroup.model_fields))
+        given = [{"folder": self.folder}] if self.folder else []
+        each = [shared | one for one in given + [one.model_dump() for one in self.folders]]
+        for one in each:
+            one |= {"folder": Path(one["folder"]), "resolution_px": tuple(one["resolution_px"])}
+        return each
 
 
 class AdapterGroup(Group):
@@ -148,8 +281,9 @@ class TrainGroup(Group):
     """AdamW's weight decay."""
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this total norm."""
-    caption_dropout: float = Field(0.05, ge=0, le=1)
-    """Share of pictures shown with an empty caption, which keeps guidance working."""
+    validate_every_steps: int = Field(100, ge=1)
+    """Measure the loss on the validation pictures, where a folder holds some, every so many
+    steps."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Precision of the arithmetic. 'auto': what `accelerate launch` was told, otherwise bf16 on a
     GPU that has it, fp16 on other GPUs, none on the CPU."""

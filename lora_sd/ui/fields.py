@@ -10,7 +10,7 @@ import gradio as gr
 from gradio.components import Component
 from pydantic.fields import FieldInfo
 
-from lora_sd.config import Config, config_from_values, settings
+from lora_sd.config import Config, Resolution, config_from_values, settings
 from lora_sd.errors import ConfigError
 
 LABELS = {
@@ -38,7 +38,10 @@ LABELS = {
     "output.dtype": "File precision",
 }
 MOST_TEXT = 20_000  # characters of one field: more is no setting
-FIELDS: dict[str, FieldInfo] = dict(settings())
+NOT_ON_THE_PAGE = ("data.folders", "data.cache_folder")
+FIELDS: dict[str, FieldInfo] = {
+    name: field for name, field in settings() if name not in NOT_ON_THE_PAGE
+}
 
 
 def label(name: str) -> str:
@@ -147,7 +150,8 @@ def _value(name: str, raw: Any) -> Any:
     if get_origin(kind) is list:
         if get_args(kind) == (str,):
             return [line.strip() for line in text.splitlines() if line.strip()]
-        return [_number(part, whole=False) for part in text.replace(",", " ").split()]
+        whole = kind == list[Resolution]
+        return [_number(part, whole) for part in text.replace(",", " ").split()]
     return text or (None if _may_be_empty(name) else "")
 
 
