@@ -1,37 +1,50 @@
 """Load Stable Diffusion into its parts: the embedded base, a diffusers folder, or a hub id."""
 
 import hashlib
-import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     SchedulerMixin,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_sd import layer_names
-from lora_sd.errors import BaseModelError, ConfigError, shown_list
+from lora_sd.base_files import WEIGHTS, open_base
+from lora_sd.base_files.components import Part
+from lora_sd.errors import BaseModelError
 from lora_sd.formats import versions
-from lora_sd.formats.layer_tables import EMBEDDED, family_of
+from lora_sd.formats.layer_tables import family_of
+from lora_sd.text_encoding import CHUNK_TOKENS, TextEmbedding, chunked, hidden_states, token_ids
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+TEXT_LAYER_OF_SDXL = -2
 
 
 @dataclass
 class BaseModel:
-    """The parts of a Stable Diffusion 1.x or 2.x model, frozen and in evaluation mode.
+    """The parts of a Stable Diffusion 1.x, 2.x or XL model, frozen and in evaluation mode.
 
-    `name` is what the user called it. `scheduler` is the one its makers ship, for generation.
+    Attributes:
+        name: what the user called it.
+        scheduler: for generation; the one its makers ship, set to the prediction type.
+        text_encoder_2, tokenizer_2: SDXL's second ones.
+        clip_skip: which of the text encoder's last layers is used, 1 the last. Not for SDXL.
+        prediction_type_is_known: False where neither the user nor the files say it.
+        sources: where each part was loaded from.
     """
 
     name: str
@@ -40,46 +53,57 @@ class BaseModel:
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
     scheduler: SchedulerMixin
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    clip_skip: int = 1
+    prediction_type_is_known: bool = True
+    sources: dict[str, Part] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = self.unet.device
+        parts = {**self.components, "vae": self.vae}
+        self._released: set[str] = set()
+        self._digests = {part: _digest(module) for part, module in parts.items()}
+
+    # --- what it is ---
 
     @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def components(self) -> dict[str, torch.nn.Module]:
+    def components(self) -> dict[str, nn.Module]:
         """The parts that adapters adapt, by the name that begins their layers' names."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        parts: dict[str, nn.Module] = {"unet": self.unet, "text_encoder": self.text_encoder}
+        if self.text_encoder_2 is not None:
+            parts["text_encoder_2"] = self.text_encoder_2
+        return parts
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """One, or SDXL's two."""
+        return [module for part, module in self.components.items() if part != "unet"]
+
+    @property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        """One for each text encoder."""
+        return [self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 is not None else [])]
+
+    @property
+    def has_pooled(self) -> bool:
+        """Whether the UNet wants a pooled text embedding and the picture's size, as SDXL's does."""
+        return self.text_encoder_2 is not None
 
     @property
     def family(self) -> str:
         """'tiny-sd', 'sd15', 'sd21', 'sdxl', or '' for a model whose layers no client knows."""
         return family_of(layer_names.layer_shapes({"unet": self.unet}))
 
-    def tokens(self, text: str) -> torch.Tensor:
-        """Token ids of a text (tokens,), padded and cut to the tokenizer's length."""
-        ids: torch.Tensor = self.tokenizer(
-            text,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids[0]
-        return ids
-
-    def eval(self) -> None:
-        """Leave training: no dropout anywhere."""
-        for part in self.components.values():
-            part.eval()
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
-        self.unet.enable_gradient_checkpointing()
-        self.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
-
     @property
     def prediction_type(self) -> str:
         """'epsilon' or 'v_prediction': what the UNet was trained to predict."""
         return str(self.scheduler.config.prediction_type)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether its last timestep is pure noise."""
+        return bool(self.scheduler.config.get("rescale_betas_zero_snr"))
 
     @property
     def resolution_px(self) -> int:
@@ -91,13 +115,10 @@ class BaseModel:
         """Pixels on the side of one latent."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    def check_size(self, side_px: int) -> None:
-        """Raises ConfigError when pictures of that side do not fit the UNet's halvings."""
-        multiple = self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
-        if side_px % multiple:
-            raise ConfigError(
-                f"'data.resolution_px' is {side_px}; '{self.name}' wants a multiple of {multiple}."
-            )
+    @property
+    def size_step_px(self) -> int:
+        """What the sides of pictures must be multiples of, so that the UNet can halve them."""
+        return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
     def kohya_version(self) -> str:
@@ -106,32 +127,235 @@ class BaseModel:
         return versions.kohya_version(self.family, self.prediction_type) or Path(self.name).name
 
     def fingerprint(self) -> str:
-        """Changes with the base's weights: a hash over the start of every tensor it trains on."""
-        digest = hashlib.sha256()
-        for part in (self.unet, self.text_encoder, self.vae):
-            for name, tensor in part.state_dict().items():
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.flatten()[:16].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Changes with the weights it was loaded with: a hash over the start of every tensor."""
+        return _joined_digest(*self._digests.values())
+
+    def vae_fingerprint(self) -> str:
+        """Changes with all that encoded pictures depend on, but for the pictures."""
+        config = self.vae.config
+        facts = (self.sources["vae"].dtype, config.scaling_factor, config.shift_factor)
+        return _joined_digest(self._digests["vae"], *facts)
+
+    def text_fingerprint(self) -> str:
+        """Changes with all that encoded captions depend on, but for the captions."""
+        encoders = {name: digest for name, digest in self._digests.items() if "text" in name}
+        dtypes = [self.sources[name].dtype for name in encoders]
+        pads = [(len(one), one.pad_token_id) for one in self.tokenizers]
+        return _joined_digest(*encoders.values(), *dtypes, *pads, self.clip_skip)
+
+    # --- captions ---
+
+    @property
+    def _chunk_length(self) -> int:
+        """Tokens that a text encoder reads at once, with start and end."""
+        places = self.text_encoder.config.max_position_embeddings
+        return min(places, self.tokenizer.model_max_length)
+
+    def tokens(self, texts: Sequence[str], max_tokens: int = CHUNK_TOKENS) -> Tensor:
+        """Token ids of texts (texts, encoders, chunks, 77), on the CPU.
+
+        Args:
+            max_tokens: what is longer is cut; there are as many chunks as it takes, for any text.
+        """
+        chunks = -(-max_tokens // CHUNK_TOKENS)
+        length = self._chunk_length
+        return torch.stack([chunked(one, texts, length, chunks) for one in self.tokenizers], 1)
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, start and end not counted."""
+        return [len(ids) for ids in token_ids(self.tokenizer, texts)]
+
+    def encode_tokens(
+        self, tokens: Tensor, encoders: Sequence[nn.Module] | None = None
+    ) -> TextEmbedding:
+        """Encode the tokens of texts, as `tokens` gives them; with gradient where it is enabled.
+
+        Args:
+            encoders: stand in for `text_encoders`, such as wrappers around them.
+        """
+        self._restore("text_encoder", "text_encoder_2")
+        layer = TEXT_LAYER_OF_SDXL if self.has_pooled else -self.clip_skip
+        norm = None if self.has_pooled else self.text_encoder.final_layer_norm
+        found = [
+            hidden_states(encoder, ids.to(self.device), layer, norm)
+            for encoder, ids in zip(encoders or self.text_encoders, tokens.unbind(1), strict=True)
+        ]
+        hidden = torch.cat([hidden for hidden, _ in found], dim=-1)
+        return TextEmbedding(hidden, found[-1][1] if self.has_pooled else None)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], max_tokens: int = CHUNK_TOKENS) -> TextEmbedding:
+        """Encode texts, without gradient."""
+        return self.encode_tokens(self.tokens(texts, max_tokens))
+
+    # --- pictures ---
+
+    @torch.no_grad()
+    def encode_picture(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, deviation) of the latents of pictures, scaled; float32 on the CPU.
+
+        Where a narrow VAE overflows, it is asked again in float32; what is not finite then is
+        returned as it is.
+
+        Args:
+            pixels: (pictures, 3, height, width), -1 to 1.
+        """
+        config = self.vae.config
+        moments = self._through_vae(lambda x: self.vae.encode(x).latent_dist.parameters, pixels)
+        posterior = DiagonalGaussianDistribution(moments)
+        mean = (posterior.mean - (config.shift_factor or 0.0)) * config.scaling_factor
+        return mean.cpu(), (posterior.std * config.scaling_factor).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of scaled latents (pictures, channels, height, width).
+
+        Raises:
+            BaseModelError: a picture is no finite numbers, in float32 neither.
+        """
+        config = self.vae.config
+        unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        pixels = self._through_vae(lambda x: self.vae.decode(x).sample, unscaled)
+        if not torch.isfinite(pixels).all():
+            raise BaseModelError(
+                f"The picture holds values that are not finite numbers, in float32 too: the "
+                f"adapter or the base model '{self.name}' is damaged, or base.dtype is too narrow "
+                f"for it."
+            )
+        processor = VaeImageProcessor(vae_scale_factor=self.vae_factor)
+        pictures: list[Image.Image] = processor.postprocess(pixels, output_type="pil")
+        return pictures
+
+    def _through_vae(self, step: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """The VAE's output in float32. What a narrow VAE overflows on is done in float32."""
+        self._restore("vae")
+        dtype = self.vae.dtype
+        with torch.autocast(self.device.type, enabled=False):
+            outputs = step(inputs.to(self.device, dtype)).float()
+            broken = ~torch.isfinite(outputs).flatten(1).all(1)
+            if dtype != torch.float32 and broken.any():
+                self.vae.to(torch.float32)
+                try:
+                    outputs[broken] = step(inputs.to(self.device, torch.float32)[broken])
+                finally:
+                    self.vae.to(dtype)
+        return outputs
+
+    # --- what it is for ---
+
+    def predict(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: TextEmbedding,
+        time_ids: Tensor | None = None,
+        unet: nn.Module | None = None,
+    ) -> Tensor:
+        """What the UNet predicts for noisy latents (n, channels, height, width).
+
+        Args:
+            time_ids: (n, 6), for SDXL: the original height and width, the crop's top and left, the
+                target height and width, in pixels.
+            unet: stands in for the own one, such as a wrapper around it.
+        """
+        dtype = self.unet.dtype
+        more = {}
+        if self.has_pooled:
+            if time_ids is None or text.pooled is None:
+                raise ValueError("SDXL wants time_ids and a pooled text embedding")
+            more["added_cond_kwargs"] = {
+                "text_embeds": text.pooled.to(self.device, dtype),
+                "time_ids": time_ids.to(self.device, dtype),
+            }
+        predicted: Tensor = (unet or self.unet)(
+            noisy.to(dtype), timesteps, text.hidden.to(self.device, dtype), **more
+        ).sample
+        return predicted
+
+    def eval(self) -> None:
+        """Leave training: no dropout anywhere."""
+        for part in self.components.values():
+            part.eval()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.unet.enable_gradient_checkpointing()
+        for encoder in self.text_encoders:
+            encoder.activation_checkpointing_enable({"use_reentrant": False})
 
     def noise_schedule(self) -> DDPMScheduler:
         """The training schedule: adds noise and knows each timestep's signal-to-noise ratio."""
         return DDPMScheduler.from_config(self.scheduler.config)
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """diffusers' pipeline over these same parts, nothing copied."""
-        pipeline = StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        self.restore()
+        parts = {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "unet": self.unet,
+            "scheduler": self.scheduler,
+        }
+        if self.has_pooled:
+            pipeline = StableDiffusionXLPipeline(
+                **parts,
+                text_encoder_2=self.text_encoder_2,
+                tokenizer_2=self.tokenizer_2,
+                add_watermarker=False,
+            )
+        else:
+            pipeline = StableDiffusionPipeline(
+                **parts,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    # --- parts that are not wanted for a while ---
+
+    def release(self, *parts: str) -> None:
+        """Let 'vae', 'text_encoder' or 'text_encoder_2' leave memory until they are used again.
+
+        Raises:
+            ValueError: an adapter is in it, which no file holds.
+        """
+        for part in parts:
+            module = getattr(self, part)
+            if not self.sources[part].holds(module):
+                raise ValueError(f"'{part}' has adapters in it: detach them first")
+            for child in module.modules():
+                for key, weight in child._parameters.items():
+                    if weight is not None:
+                        empty = nn.Parameter(weight.to("meta"), requires_grad=False)
+                        child._parameters[key] = empty
+            self._released.add(part)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def restore(self) -> None:
+        """Read what was released again from its files."""
+        self._restore(*self._released)
+
+    def _restore(self, *parts: str) -> None:
+        for part in self._released.intersection(parts):
+            self.sources[part].fill(getattr(self, part), self.device)
+            self._released.remove(part)
+
+
+def _digest(module: nn.Module) -> str:
+    """Changes with the weights: a hash over the start of each."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _joined_digest(*facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def pick_device() -> torch.device:
@@ -152,96 +376,69 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> BaseModel:
+def load_base_model(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    vae: str | None = None,
+    prediction_type: str = "auto",
+    zero_terminal_snr: str = "auto",
+    clip_skip: int = 1,
+) -> BaseModel:
     """Load a base model by name and freeze it.
 
     Args:
-        name: 'tiny-sd', the path of a diffusers folder, or a hub id such as
-            'stable-diffusion-v1-5/stable-diffusion-v1-5'.
+        name: 'tiny-sd', a `.safetensors` checkpoint in the original layout, the path of a diffusers
+            folder, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'.
+        vae: another VAE for it: a `.safetensors` file, or a diffusers folder.
+        prediction_type: 'epsilon', 'v_prediction', or 'auto': as the files say.
+        zero_terminal_snr: 'yes', 'no', or 'auto': as the files say.
+        clip_skip: which of the text encoder's last layers is used, 1 the last.
 
     Raises:
-        BaseModelError: not found, damaged, or not a Stable Diffusion 1.x or 2.x text-to-image
-            model.
+        BaseModelError: not found, damaged, or not a Stable Diffusion text-to-image model.
     """
-    source = EMBEDDED.get(name, Path(name))
-    local = os.path.isdir(source)
-    if local and not (source / "model_index.json").is_file():
-        raise BaseModelError(
-            f"'{name}' is not a diffusers folder: it holds no model_index.json. Name the folder "
-            f"that does, or use 'tiny-sd'."
+    files = open_base(name)
+    modules: dict[str, Any] = {}
+    sources: dict[str, Part] = {}
+    problems: list[str] = []
+    for component in WEIGHTS:
+        if component == "text_encoder_2" and not files.has_component(component):
+            continue
+        config = files.config(component)
+        narrow_vae = (
+            component == "vae" and dtype == torch.float16 and config.get("force_upcast", True)
         )
-    if os.path.isfile(source):
-        raise BaseModelError(
-            f"'{name}' is a single file, which can be baked into but not trained on yet. Name a "
-            f"diffusers folder, or use 'tiny-sd'."
-        )
-    if not local and (
-        os.path.exists(source) or name.count("/") != 1 or name.startswith((".", "/", "~"))
-    ):
-        raise BaseModelError(
-            f"There is no base model '{name}': it is no diffusers folder and no hub id. Known "
-            f"names: {', '.join(EMBEDDED)}."
-        )
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        # Loaded by itself, because a pipeline fills in missing weights with random numbers.
-        text_encoder, info = CLIPTextModel.from_pretrained(
-            str(source) if local else name,
-            subfolder="text_encoder",
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=local,
-            output_loading_info=True,
-        )
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"its text encoder lacks {len(missing)} weights, such as {shown_list(missing, 1)}"
-            )
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(source) if local else name,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            use_safetensors=True,
-            local_files_only=local,
-        )
-    except (
-        OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
-        HFValidationError, SafetensorError,
-    ) as error:  # fmt: skip
-        reason = str(error).strip().split("\n")[0]
-        raise BaseModelError(f"The base model '{name}' cannot be loaded: {reason}") from error
+        sources[component] = Part(files, component, torch.float32 if narrow_vae else dtype)
+        try:
+            modules[component] = sources[component].build(config, device)
+        except BaseModelError as error:
+            problems += error.problems
+    if problems:
+        raise BaseModelError(problems)
+    tokenizers = {
+        name: CLIPTokenizer.from_pretrained(str(files.path / name), local_files_only=True)
+        for name in ("tokenizer", "tokenizer_2")
+        if (files.path / name).is_dir()
+    }
+    config = files.config("scheduler")
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     base = BaseModel(
         name=name,
-        unet=pipeline.unet,
-        text_encoder=pipeline.text_encoder,
-        vae=pipeline.vae,
-        tokenizer=pipeline.tokenizer,
-        scheduler=pipeline.scheduler,
+        scheduler=scheduler,
+        sources=sources,
+        clip_skip=clip_skip,
+        **modules,
+        **tokenizers,
     )
     _check(base)
-    for part in (base.unet, base.text_encoder, base.vae):
-        part.requires_grad_(False).eval().to(device)
     return base
 
 
 def _check(base: BaseModel) -> None:
-    parts = {"UNet": base.unet, "text encoder": base.text_encoder, "VAE": base.vae}
-    for part, model in parts.items():
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise BaseModelError(f"The base model '{base.name}' lacks weights of its {part}.")
     if not 1 < base.tokenizer.model_max_length < 10_000 or not len(base.tokenizer):
         raise BaseModelError(f"The base model '{base.name}' lacks its tokenizer.")
-    channels, latents = base.unet.config.in_channels, base.vae.config.latent_channels
-    if channels != latents:
-        raise BaseModelError(
-            f"'{base.name}' is not a text-to-image model: its UNet takes {channels} channels and "
-            f"its latents have {latents} (9 means inpainting)."
-        )
     if base.prediction_type not in PREDICTION_TYPES:
         raise BaseModelError(
             f"'{base.name}' predicts '{base.prediction_type}'; only "

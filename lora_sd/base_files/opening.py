@@ -109,6 +109,10 @@ class BaseFiles:
             return entry.stored.read(number * rows, rows)
         return entry.piece.split(entry.stored.read())[0]
 
+    def has_component(self, component: str) -> bool:
+        """Whether it has any weights of 'text_encoder_2', say."""
+        return any(name.startswith(f"{component}.") for name in self.tensor_shapes)
+
     @cached_property
     def has_open_clip(self) -> bool:
         """Whether `text_encoder` is an OpenCLIP model, as in Stable Diffusion 2."""

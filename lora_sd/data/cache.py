@@ -72,7 +72,7 @@ def encode(
         )
     texts = list(dict.fromkeys([example.caption for example in examples] + [""]))
     if as_tokens:
-        outputs = {text: base.tokens(text) for text in texts}
+        outputs = {text: base.tokens([text])[0, 0, 0] for text in texts}
     else:
         outputs = {
             text: pipeline.encode_prompt(text, base.device, 1, False)[0][0].float().cpu()

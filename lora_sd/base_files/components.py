@@ -1,0 +1,129 @@
+"""Build a base model's parts from its files: empty, from a config, then filled tensor by tensor, so
+that loading takes little more memory than the model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Size, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lora_sd.base_files.opening import BaseFiles
+from lora_sd.errors import BaseModelError, shown_list
+from lora_sd.parts import TEXT_ENCODERS
+
+TITLES = {
+    "unet": "UNet",
+    "vae": "VAE",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model in its files, and how it is loaded."""
+
+    files: BaseFiles
+    component: str
+    dtype: torch.dtype
+
+    def build(self, config: Mapping[str, Any], device: torch.device) -> nn.Module:
+        """The part with its weights, frozen and in evaluation mode.
+
+        Raises:
+            BaseModelError: the config is of another kind of model, or the weights do not fit it;
+                all that are missing, unexpected or of another shape are named.
+        """
+        title = TITLES[self.component]
+        try:
+            with init_empty_weights(include_buffers=False):
+                module = _empty(self.component, config)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise BaseModelError(
+                f"The base model '{self.files.name}' has a damaged config of its {title}: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
+        self._check(module)
+        self.fill(module, device)
+        return module.requires_grad_(False).eval().to(device)
+
+    def fill(self, module: nn.Module, device: torch.device) -> None:
+        """Read the weights again from the files into a module that has none."""
+        tensors = {
+            key: self.files.tensor(name).to(device, self.dtype)
+            for key, name in self._names(module).items()
+        }
+        module.load_state_dict(tensors, assign=True)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the files hold all that the module has."""
+        return self.files.tensor_shapes.keys() >= set(self._names(module).values())
+
+    def _names(self, module: nn.Module) -> dict[str, str]:
+        """{key in the module's state: name in the files}."""
+        return {key: tensor_name(self.component, key) for key in module.state_dict()}
+
+    def _check(self, module: nn.Module) -> None:
+        wanted = {
+            tensor_name(self.component, key): tensor.shape
+            for key, tensor in module.state_dict().items()
+        }
+        found = {
+            name: shape
+            for name, shape in self.files.tensor_shapes.items()
+            if name.startswith(f"{self.component}.")
+        }
+        problems = differences(found, wanted)
+        if problems:
+            raise BaseModelError(
+                f"The base model '{self.files.name}' does not hold the {TITLES[self.component]} "
+                f"that its config describes: {'; '.join(problems)}."
+            )
+
+
+def tensor_name(component: str, key: str) -> str:
+    """A tensor's name, as in `original`, from its key in the module's state."""
+    if component in TEXT_ENCODERS and not key.startswith(("text_model.", "text_projection.")):
+        key = f"text_model.{key}"  # transformers 5.6 and newer leave it out
+    return f"{component}.{key}"
+
+
+def differences(found: Mapping[str, Size], wanted: Mapping[str, Size]) -> list[str]:
+    """How tensors differ from those wanted, as parts of a sentence; empty: not at all."""
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(
+        name for name in found.keys() - wanted.keys() if not name.endswith(".position_ids")
+    )
+    other = [
+        f"'{name}' is {_shape(found[name])} instead of {_shape(wanted[name])}"
+        for name in sorted(wanted.keys() & found.keys())
+        if found[name] != wanted[name]
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing ({shown_list(missing, 2)})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected ({shown_list(unexpected, 2)})")
+    if other:
+        problems.append(f"{len(other)} of another shape ({', '.join(other[:2])})")
+    return problems
+
+
+def _shape(size: Size) -> str:
+    return "x".join(map(str, size)) or "a number"
+
+
+def _empty(component: str, config: Mapping[str, Any]) -> nn.Module:
+    """A part without weights."""
+    if component == "unet":
+        module: nn.Module = UNet2DConditionModel.from_config(dict(config))
+    elif component == "vae":
+        module = AutoencoderKL.from_config(dict(config))
+    else:
+        kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
+        module = kind(CLIPTextConfig.from_dict(dict(config)))
+    return module
