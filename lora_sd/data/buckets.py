@@ -57,20 +57,20 @@ def bucket_sizes(
     resolution_px: int, step_px: int, max_aspect_ratio: float = 2.0
 ) -> tuple[Size, ...]:
     """Every (width, height) of multiples of `step_px` that makes good use of the resolution: at
-    most resolution_px squared, with no room for another step in the longer side, and three
-    quarters of it at least, but for the square.
+    most resolution_px squared, and at least three quarters of it, with no room for another step in
+    the longer side; and the largest square.
 
     Raises:
         ValueError: not even one step fits into the resolution.
     """
     if resolution_px < step_px:
         raise ValueError(f"a resolution of {resolution_px} px holds no step of {step_px} px")
-    landscape = []
+    side = resolution_px // step_px * step_px
+    landscape = [(side, side)]
     for height in range(step_px, resolution_px + 1, step_px):
         widest = min(resolution_px**2 // height, _longest(height, max_aspect_ratio))
         width = widest // step_px * step_px
-        is_large = width * height >= 0.75 * resolution_px**2
-        if width >= height and (is_large or height + step_px > resolution_px):
+        if width >= height and width * height >= 0.75 * resolution_px**2:
             landscape.append((width, height))
     return tuple(dict.fromkeys(landscape + [(height, width) for width, height in landscape]))
 
