@@ -1,16 +1,227 @@
-"""Find and check the images and captions of a training folder, before anything else happens."""
+"""Find and check the pictures and captions of all folders, before anything else happens."""
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageColor
 
-from lora_sd.data.images import OTHER_PICTURES, SUFFIXES, UnreadableImage, read_image, square
+from lora_sd.data.candidates import NO_CAPTION, Candidate, Found
+from lora_sd.data.caption_files import read_caption
+from lora_sd.data.findings import Finding, sentences
+from lora_sd.data.folder_options import FolderOptions
+from lora_sd.data.images import (
+    OTHER_PICTURES,
+    SUFFIXES,
+    WHOLLY_TRANSPARENT,
+    UnreadableImage,
+    read_image,
+    square,
+)
+from lora_sd.data.listing import Listing, list_folder
+from lora_sd.data.picture_set import Picture, PictureSet, load_picture
+from lora_sd.data.scan import Index, Job, Scanned, scan
 from lora_sd.errors import DataError, shown_list
 
+__all__ = ["Picture", "PictureSet", "load_picture", "read_caption", "read_folders"]
 MOST_PROBLEMS_SHOWN = 20
+
+MASK_SHAPE_TOLERANCE = 0.01  # of width / height: masks drawn at another size are rounded
+
+
+def read_folders(
+    folders: Sequence[FolderOptions],
+    bad: str = "fail",
+    *,
+    inspect: Callable[[Image.Image], Any] | None = None,
+    on_picture: Callable[[int, int], bool] = lambda done, of: False,
+    index: Path | None = None,
+) -> PictureSet:
+    """Read every picture and caption of some folders and of those inside them.
+
+    Args:
+        bad: what to do about files that cannot be used: 'fail', or 'skip', which leaves them out.
+        inspect: called with each picture in RGB as `load_picture` gives it, in several threads.
+        on_picture: called with (files looked at, files in all); when it returns True, the set
+            holds only the pictures so far.
+        index: a file in which what was found is remembered by content, so that the next time
+            pictures need not be decoded; it may be deleted. Not read with `inspect`.
+
+    Raises:
+        DataError: no folder, no picture that can be used, or with 'fail' anything that cannot be
+            used: all at once.
+    """
+    fatal: list[str] = []
+    found = Found()
+    for options in folders:
+        try:
+            ImageColor.getcolor(options.background, "RGB")
+        except ValueError:
+            fatal.append(
+                f"The background '{options.background}' is no colour. Name one, such as 'white', "
+                f"or write '#rrggbb'."
+            )
+        try:
+            listing = list_folder(options.folder)
+        except DataError as error:
+            if not (options.class_pictures and not options.folder.exists()):
+                fatal += error.problems
+            continue
+        found.add(listing, options)
+        if not listing.pictures and not options.class_pictures:
+            fatal.append(_no_pictures(listing))
+    if fatal:
+        raise DataError(fatal + sentences(found.problems))
+    remembered = Index(index)
+    scanned, stopped = _scanned(found.candidates, remembered, inspect, on_picture)
+    remembered.save()
+    return _assembled(found, scanned, bad, stopped, remembered.notice)
+
+
+def _scanned(
+    candidates: Sequence[Candidate],
+    index: Index,
+    inspect: Callable[[Image.Image], Any] | None,
+    on_picture: Callable[[int, int], bool],
+) -> tuple[dict[Path, Scanned], bool]:
+    """(what each picture and mask holds, whether it was stopped)."""
+    jobs = {}
+    for one in candidates:
+        jobs[one.file] = Job(one.file, one.options.background)
+        if one.mask:
+            jobs[one.mask] = Job(one.mask, is_mask=True)
+    scanned: dict[Path, Scanned] = {}
+    for file, result in zip(jobs, scan(list(jobs.values()), index, inspect), strict=False):
+        scanned[file] = result
+        if on_picture(len(scanned), len(jobs)):
+            return scanned, len(scanned) < len(jobs)
+    return scanned, False
+
+
+def _assembled(
+    found: Found, scanned: dict[Path, Scanned], bad: str, stopped: bool, index_notice: str
+) -> PictureSet:
+    pictures, inspected, opaque = [], {}, 0
+    problems, oddities = list(found.problems), list(found.oddities)
+    for one in found.candidates:
+        holds = scanned.get(one.file)
+        mask = scanned.get(one.mask) if one.mask else None
+        if holds is None or (one.mask and mask is None):
+            continue  # stopped before it
+        wrong = [one.problem] if one.problem else []
+        wrong += _wrong(one, holds, mask)
+        problems += wrong
+        if wrong or holds.facts is None:
+            continue
+        oddities += [Finding(one.file, notice) for notice in holds.facts.notices]
+        pictures.append(
+            Picture(
+                file=one.file,
+                name=one.name,
+                sha256=holds.sha256,
+                size_px=holds.facts.size_px,
+                caption=one.caption,
+                caption_source=one.caption_source,
+                mask=one.mask,
+                mask_sha256=mask.sha256 if mask else "",
+                repeats=one.repeats,
+                options=one.options,
+            )
+        )
+        inspected[one.file] = holds.inspected
+        opaque += one.options.masks == "alpha" and not holds.facts.has_alpha
+    if bad == "fail" and problems and not stopped:
+        raise DataError(_told(problems, found.candidates))
+    if not pictures and found.candidates and not stopped:
+        raise DataError(["No picture can be used.", *_told(problems, found.candidates)])
+    left_out = [(finding.file, finding.why) for finding in problems + found.unused]
+    notices = [_summary(pictures, left_out), *found.notices]
+    if opaque:
+        notices.append(f"{opaque} pictures have no alpha channel as a mask: all of each counts.")
+    notices += (
+        sentences(oddities) + _about_content(pictures) + ([index_notice] if index_notice else [])
+    )
+    return PictureSet(pictures, left_out, notices, inspected)
+
+
+def _wrong(one: Candidate, holds: Scanned, mask: Scanned | None) -> list[Finding]:
+    """Why a picture cannot be used."""
+    wrong = []
+    if holds.problem:
+        wrong.append(Finding(one.file, *holds.problem))
+    elif one.options.masks == "alpha" and holds.facts and WHOLLY_TRANSPARENT in holds.facts.notices:
+        wrong.append(Finding(one.file, "is wholly transparent: as a mask, nothing of it counts"))
+    if one.mask and mask and mask.problem:
+        wrong.append(Finding(one.mask, *mask.problem, advice="It is a mask."))
+    elif one.mask and mask and mask.facts and holds.facts:
+        (width, height), (mask_width, mask_height) = holds.facts.size_px, mask.facts.size_px
+        shape, mask_shape = width / height, mask_width / mask_height
+        if abs(mask_shape / shape - 1) > MASK_SHAPE_TOLERANCE:
+            detail = f"{mask_width} x {mask_height} to {width} x {height}"
+            wrong.append(Finding(one.mask, "is a mask of another shape than its picture", detail))
+    return wrong
+
+
+def _told(problems: Sequence[Finding], candidates: Sequence[Candidate]) -> list[str]:
+    """Sentences about all problems; one for each folder about captions that are missing."""
+    told = []
+    for options in dict.fromkeys(one.options for one in candidates):
+        inside = [one for one in candidates if one.options == options]
+        bare = [one for one in inside if one.problem and one.problem.reason == NO_CAPTION]
+        if bare:
+            file = bare[0].file
+            told.append(
+                f"'{options.folder}' holds {len(inside)} pictures, {len(bare)} of them without a "
+                f"caption: {shown_list([one.name for one in bare])}. Add {file.stem}.txt beside "
+                f'{file.name}, or set data.caption: "a photo of ...".'
+            )
+    return told + sentences([one for one in problems if one.reason != NO_CAPTION])
+
+
+def _no_pictures(listing: Listing) -> str:
+    others = len(listing.others) + sum(map(len, listing.captions.values()))
+    found = f"It holds {others} other files." if others else "It is empty."
+    if listing.notices or listing.problems:
+        found += " " + " ".join(sentences(listing.problems + listing.notices, most=3))
+    kinds = ", ".join(sorted(SUFFIXES))
+    return f"The image folder '{listing.folder}' holds no pictures ({kinds}). {found}"
+
+
+def _summary(pictures: Sequence[Picture], left_out: Sequence[object]) -> str:
+    """Used, repeated, left out."""
+    parts = []
+    for kind in dict.fromkeys(one.options.kind for one in pictures):
+        ours = [one for one in pictures if one.options.kind == kind]
+        shown = sum(one.repeats for one in ours)
+        times = "" if shown == len(ours) else f", shown {shown:g} times an epoch by their repeats"
+        parts.append(f"{len(ours)} for {kind}{times}")
+    return f"Pictures: {len(pictures)} used ({'; '.join(parts)}), {len(left_out)} left out."
+
+
+def _about_content(pictures: Sequence[Picture]) -> list[str]:
+    """What only a look at all pictures together shows."""
+    notices = []
+    same: dict[str, list[Picture]] = {}
+    for one in pictures:
+        same.setdefault(one.sha256, []).append(one)
+    twice = [group for group in same.values() if len(group) > 1]
+    if twice:
+        names = [" = ".join(one.name for one in group) for group in twice]
+        notices.append(f"{len(twice)} pictures are there more than once: {shown_list(names)}.")
+    kinds = [group for group in twice if len({one.options.kind for one in group}) > 1]
+    if kinds:
+        names = [group[0].name for group in kinds]
+        notices.append(f"{len(kinds)} pictures are for more than one kind: {shown_list(names)}.")
+    training = [one for one in pictures if one.options.kind == "training"]
+    if len(training) > 1 and len({one.caption for one in training}) == 1:
+        notices.append(
+            f"All {len(training)} training pictures have the same caption: "
+            f"'{training[0].caption[:60]}'."
+        )
+    return notices
 
 
 @dataclass(frozen=True)
@@ -110,30 +321,6 @@ def read_folder(
     if orphans:
         notices.append(f"{len(orphans)} captions belong to no image: {shown_list(orphans)}.")
     return ImageFolder(examples, notices, digest.hexdigest())
-
-
-def read_caption(file: Path) -> str | None:
-    """The text of a caption file on one line, or None when there is no such file.
-
-    Raises:
-        DataError: it is empty, or not text (UTF-8, or UTF-16 with a byte-order mark).
-    """
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"'{file}' cannot be read: {error.strerror or error}.") from None
-    try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"'{file}' is not text in UTF-8. Save it as UTF-8.") from None
-    if "\0" in text:
-        raise DataError(f"'{file}' is not text. Write the caption as plain text in UTF-8.")
-    caption = " ".join(text.split())
-    if not caption:
-        raise DataError(f"'{file}' is empty. Write a caption into it, or remove it.")
-    return caption
 
 
 def _no_images(folder: Path, files: list[Path], foreign: list[Path]) -> str:

@@ -5,93 +5,255 @@ transparent pixels show their hidden colour, and the camera's rotation is ignore
 """
 
 import io
-import struct
+import os
+import stat
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp"}
 OTHER_PICTURES = {
     ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".psd", ".svg", ".jp2", ".exr",
 }  # fmt: skip
 MOST_BYTES = 50 * 10**6
 MOST_PIXELS = 64 * 10**6
+# How other kinds begin, for what has a name as if it were one of ours: (offset, bytes, kind).
+BEGINNINGS = [
+    (0, b"GIF8", "GIF"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "Photoshop"),
+    (4, b"ftypavi", "AVIF"), (4, b"ftyphe", "HEIC"), (4, b"ftypm", "HEIC"),
+    (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"), (0, b"<svg", "SVG"), (0, b"%PDF", "PDF"),
+]  # fmt: skip
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+COLOUR_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # mode -> as ICC profiles call it
+
+WHOLLY_TRANSPARENT = "is wholly transparent: only the background shows"
+
+# The limit above is below the one at which Pillow warns.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class UnreadableImage(Exception):
-    """Why a picture cannot be used; the text goes into a sentence after its name."""
+    """Why a picture cannot be used: `reason` goes into a sentence after its name; `detail` is what
+    only this picture has."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decoding a whole picture found, whatever it is to be used for.
+
+    `size_px` is (width, height), upright. `notices` go into a sentence after its name.
+    """
+
+    size_px: tuple[int, int]
+    has_alpha: bool
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture in RGB and its alpha channel ('L') or None, both upright."""
+
+    rgb: Image.Image
+    alpha: Image.Image | None
+    facts: Facts
+
+
+def read_bytes(path: Path) -> bytes:
+    """A picture's file.
+
+    Raises:
+        UnreadableImage: not a regular file, too large, empty, or not to be opened.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise UnreadableImage("is a folder with a picture's name")
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage("is not a regular file")
+        if status.st_size > MOST_BYTES:
+            raise UnreadableImage(f"is larger than {MOST_BYTES // 10**6} MB")
+        data = path.read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            raise UnreadableImage("is a link to nothing") from None
+        raise UnreadableImage(f"cannot be read: {(error.strerror or str(error)).lower()}") from None
+    if not data:
+        raise UnreadableImage("is an empty file")
+    return data
+
+
+def examine(data: bytes) -> Facts:
+    """Decode a picture without converting its colours.
+
+    Raises:
+        UnreadableImage: damaged, cut short, too large, or of a kind that is not read.
+    """
+    image, notices = _load(data)
+    width, height = image.size
+    turned = _orientation(image) in (5, 6, 7, 8)
+    return Facts((height, width) if turned else (width, height), _has_alpha(image), notices)
+
+
+def decode(data: bytes, background: str = "white") -> Decoded:
+    """A whole picture.
+
+    Colour profiles are converted to sRGB, transparency is laid on the background, 16 bits are
+    scaled to 8, and of an animation the first frame is taken.
+
+    Raises:
+        UnreadableImage: as `examine`.
+    """
+    image, notices = _load(data)
+    rgb, alpha = _to_rgb(image, background)
+    turn = UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        rgb, alpha = rgb.transpose(turn), alpha.transpose(turn) if alpha else None
+    return Decoded(rgb, alpha, Facts(rgb.size, alpha is not None, notices))
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """A mask in 'L', upright; what is transparent is black.
+
+    Raises:
+        UnreadableImage: as `examine`, or black all over.
+    """
+    mask = decode(data, "black").rgb.convert("L")
+    if mask.getextrema() == (0, 0):
+        raise UnreadableImage("is a mask that is black all over: nothing of its picture counts")
+    return mask
 
 
 def read_image(path: Path) -> tuple[Image.Image, str]:
-    """(the picture in RGB, a notice or '').
-
-    The camera's rotation is applied, colour profiles are converted to sRGB, transparency is laid
-    on white, 16-bit grey is scaled, and of an animation the first frame is taken, with a notice.
+    """(the picture in RGB on white, a notice or '').
 
     Raises:
-        UnreadableImage: not a regular file, damaged, cut short, too large, or of a kind whose
-            colours cannot be known.
+        UnreadableImage: as `read_bytes` and `examine`.
     """
-    if not path.is_file():
-        raise UnreadableImage("is not a regular file")
-    if path.stat().st_size > MOST_BYTES:
-        raise UnreadableImage(f"is larger than {MOST_BYTES // 10**6} MB")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MOST_PIXELS:
-                    raise UnreadableImage(f"has {width} x {height} pixels; 64 million are the most")
-                animated = getattr(image, "n_frames", 1) > 1
-                profile = image.info.get("icc_profile")
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-        picture = _to_rgb(upright, profile)
-    except UnidentifiedImageError:
-        raise UnreadableImage(
-            f"is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnreadableImage("has more than 64 million pixels") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        raise UnreadableImage(f"is damaged or cut short ({error})") from None
-    return picture, "is animated: its first frame is used" if animated else ""
-
-
-def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        scaled = (np.asarray(image, dtype=np.uint16) / 257).round().astype(np.uint8)
-        return Image.fromarray(scaled).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise UnreadableImage("has 32-bit pixels; save it with 8 bits a channel")
-    if image.mode == "P" or (image.mode in ("L", "RGB", "1") and "transparency" in image.info):
-        image = image.convert("RGBA")
-    alpha = image.getchannel("A") if image.mode in ("RGBA", "LA", "PA") else None
-    colours = image.convert({"LA": "L", "PA": "RGB", "RGBA": "RGB"}.get(image.mode, image.mode))
-    rgb = _to_srgb(colours, profile)
-    if alpha is not None:
-        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
-    return rgb
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(
-                image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a profile that is broken or for other channels: taken as sRGB, as viewers do
-    return image.convert("RGB")
+    decoded = decode(read_bytes(path))
+    return decoded.rgb, "; ".join(decoded.facts.notices)
 
 
 def square(image: Image.Image, side_px: int) -> Image.Image:
     """The middle square of a picture, scaled so that its shorter side fills it."""
     return ImageOps.fit(image, (side_px, side_px), Image.Resampling.LANCZOS)
+
+
+def _load(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+    """(the decoded picture as it is stored, notices)."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise UnreadableImage("has more than 64 million pixels", f"{width} x {height}")
+        rawmode = image.tile[0].args if image.tile else None
+        # A phone's JPEG (MPO) holds further pictures, such as a depth map, but does not move.
+        animated = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+        image.load()
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage(_what_it_is(data)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadableImage("has more than 64 million pixels") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything on a damaged file
+        raise UnreadableImage("is damaged or cut short", str(error)) from None
+    if image.mode in ("I", "F"):
+        raise UnreadableImage("has 32-bit pixels; save it with 8 bits a channel")
+    _scale_transparency(image, rawmode)
+    notices = ["is animated: its first frame is used"] if animated else []
+    if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema() == (0, 0):
+        notices.append(WHOLLY_TRANSPARENT)
+    if image.info.get("icc_profile"):
+        if _transform(image) is None:
+            notices.append("has a colour profile that does not fit it: taken as sRGB")
+    elif image.mode == "CMYK":
+        notices.append("is CMYK without a colour profile: its colours are a guess")
+    return image, tuple(notices)
+
+
+def _what_it_is(data: bytes) -> str:
+    for offset, beginning, kind in BEGINNINGS:
+        if data[offset:].startswith(beginning):
+            return f"is a {kind} file, a kind that is not read; save it as PNG"
+    return f"is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF data raises anything, and viewers show such a picture as it is
+        return 1
+
+
+def _scale_transparency(image: Image.Image, rawmode: object) -> None:
+    """PNG gives its transparent colour in the file's bits; Pillow has scaled all but that."""
+    transparent = image.info.get("transparency")
+    if rawmode in ("L;2", "L;4") and isinstance(transparent, int):
+        image.info["transparency"] = transparent * (85 if rawmode == "L;2" else 17)
+    if rawmode == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, Image.Image | None]:
+    alpha = None
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image, dtype=np.uint16)
+        if "transparency" in image.info:
+            alpha = Image.fromarray((grey != image.info["transparency"]).astype(np.uint8) * 255)
+        profile = image.info.get("icc_profile")
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
+        image.info["icc_profile"] = profile
+    elif _has_alpha(image):
+        image = image.convert("LA" if image.mode in ("1", "L", "LA") else "RGBA")
+        alpha = image.getchannel("A")
+    rgb = _to_srgb(image)
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
+    return rgb, alpha
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    colours, transform = image.convert(_colour_mode(image)), _transform(image)
+    converted = ImageCms.applyTransform(colours, transform) if transform else None
+    return converted or colours.convert("RGB")
+
+
+def _colour_mode(image: Image.Image) -> str:
+    """The mode of a picture's colours alone."""
+    if image.mode in COLOUR_SPACES:
+        return image.mode
+    return "L" if image.mode in ("1", "LA") or image.mode.startswith("I;16") else "RGB"
+
+
+def _transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """From the picture's colour profile to sRGB, where it is whole and for such pictures."""
+    data, mode = image.info.get("icc_profile"), _colour_mode(image)
+    if not data:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        if profile.profile.xcolor_space != COLOUR_SPACES[mode]:
+            return None
+        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None

@@ -1,0 +1,105 @@
+"""Which caption a picture gets, and where it came from."""
+
+import re
+from pathlib import Path, PurePosixPath
+
+from lora_sd.data import caption_files
+from lora_sd.data.caption_files import UnreadableCaption, path_key
+from lora_sd.data.findings import Finding
+from lora_sd.data.folder_options import FolderOptions
+from lora_sd.data.listing import Listing, stem_key
+
+MOST_REPEATS = 1000
+
+
+class CaptionSources:
+    """The captions of one folder's pictures.
+
+    Attributes:
+        problems, notices: what its metadata files gave, and after the last `of`, `unclaimed`.
+    """
+
+    def __init__(self, listing: Listing, options: FolderOptions) -> None:
+        self.problems: list[Finding] = []
+        self.notices: list[Finding] = []
+        self._listing, self._options = listing, options
+        self._metadata: dict[str, tuple[str, str]] = {}  # picture -> caption, file
+        self._claimed: set[str] = set()
+        # A file deeper inside is nearer to its pictures; .jsonl counts before .csv.
+        for name in sorted(listing.metadata, key=lambda n: (n.count("/"), n.endswith(".jsonl"))):
+            read = caption_files.read_metadata(listing.path(name), options.wildcards)
+            self.problems += read.problems
+            self.notices += read.notices
+            inside = PurePosixPath(name).parent
+            for picture, caption in read.captions.items():
+                self._metadata[path_key(str(inside / picture))] = (caption, name)
+
+    def of(self, name: str) -> tuple[str, str]:
+        """(caption, where it came from) of a picture, both '' where it has none.
+
+        Raises:
+            UnreadableCaption: its own caption file cannot be used.
+        """
+        options, path = self._options, PurePosixPath(name)
+        own = self._own(name)
+        if own:
+            return own
+        if path_key(name) in self._metadata:
+            return self._metadata[path_key(name)]
+        if options.caption and options.caption.strip():
+            return caption_files.tidy(options.caption, options.wildcards), "data.caption"
+        if options.caption_fallback == "file_name":
+            return caption_files.tidy(path.stem.replace("_", " ")), "the file's name"
+        folders = folder_names(self._listing.folder, name)
+        if options.caption_fallback == "folder_name":
+            _, words = kohya_name(folders[0]) or (1, folders[0])
+            return caption_files.tidy(words), "the folder's name"
+        for folder in folders:
+            if named := kohya_name(folder):
+                words = caption_files.tidy(named[1])
+                return words, "the folder's name" if words else ""
+        return "", ""
+
+    def _own(self, name: str) -> tuple[str, str] | None:
+        files = self._listing.captions.get(stem_key(name), [])
+        self._claimed.update(files)
+        if not files:
+            return None
+        first, *rest = files
+        caption = caption_files.read_own(self._listing.path(first), self._options.wildcards)
+        for other in rest:
+            path = self._listing.path(other)
+            try:
+                if caption_files.read_own(path, self._options.wildcards) == caption:
+                    continue
+            except UnreadableCaption:
+                pass
+            self.notices.append(
+                Finding(path, "is a second caption of its picture: the .txt counts, not this")
+            )
+        return caption, first
+
+    def unclaimed(self, pictures: list[str]) -> tuple[list[str], list[str]]:
+        """(caption files, names in metadata files) that belong to none of the pictures."""
+        known = {path_key(name) for name in pictures}
+        stems = {stem_key(name) for name in pictures}
+        files = [
+            file
+            for stem, all in self._listing.captions.items()
+            if stem not in stems
+            for file in all
+        ]
+        return files, [name for name in self._metadata if name not in known]
+
+
+def folder_names(folder: Path, name: str) -> list[str]:
+    """The names of the folders a picture lies in, nearest first, up to the whole folder's own."""
+    return [part.name for part in PurePosixPath(name).parents if part.name] + [
+        folder.absolute().resolve().name
+    ]
+
+
+def kohya_name(folder: str) -> tuple[int, str] | None:
+    """(repeats, caption) of a folder named as kohya's tools want it, '10_sks cat'; else None."""
+    match = re.fullmatch(r"([0-9]+)_(.*)", folder, re.DOTALL)
+    return (int(match[1][:9]), match[2]) if match else None
