@@ -13,5 +13,6 @@ SUMMARIES = {
     "extract": "make an adapter of what a fine-tuned model has more than its base",
     "bake": "put adapters into a base model for good",
     "verify": "check that an adapter file loads whole in every client",
+    "caption": "write captions for pictures that have none, with BLIP, Florence-2 or a WD14 tagger",
 }
 """What each verb does, in a line; its file has the same name."""

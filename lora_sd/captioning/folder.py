@@ -1,0 +1,129 @@
+"""Write a caption beside each picture of a folder that has none."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from lora_sd import durable
+from lora_sd.captioning.opening import Captioner
+from lora_sd.data.caption_files import path_key, read_metadata
+from lora_sd.data.images import UnreadableImage, read_image
+from lora_sd.data.listing import Listing, list_folder, stem_key
+
+OWN = ".txt"
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What came of a folder.
+
+    Attributes:
+        written: the caption files.
+        had_captions: how many pictures were left as they are.
+        left_out: pictures that got no caption, with the reason as a sentence's end.
+    """
+
+    written: list[Path] = field(default_factory=list)
+    had_captions: int = 0
+    left_out: list[tuple[Path, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A picture, and the file that its caption goes to."""
+
+    picture: Path
+    target: Path
+
+
+def find_tasks(folder: Path, overwrite: bool = False) -> tuple[list[Task], int]:
+    """(what there is to do, how many pictures have their caption) in a folder and those inside it.
+
+    Args:
+        overwrite: pictures with a .txt are to be done again. A caption in a .caption file or in
+            metadata.jsonl stays: a .txt beside it would be a second one.
+
+    Raises:
+        DataError: there is no such folder, or it cannot be read.
+    """
+    listing = list_folder(folder)
+    elsewhere = _in_metadata(listing)
+    tasks: dict[str, Task] = {}
+    had = 0
+    for name in listing.pictures:
+        stem = stem_key(name)
+        own = listing.captions.get(stem, [])
+        again = overwrite and own and all(file.lower().endswith(OWN) for file in own)
+        if path_key(name) in elsewhere or stem in tasks or (own and not again):
+            had += 1
+            continue
+        picture = listing.path(name)
+        tasks[stem] = Task(picture, listing.path(own[0]) if own else picture.with_suffix(OWN))
+    return list(tasks.values()), had
+
+
+def caption_folder(
+    folder: Path,
+    captioner: Captioner,
+    dress: Callable[[str], str],
+    *,
+    batch_size: int = 1,
+    overwrite: bool = False,
+    on_picture: Callable[[int, int], bool] = lambda done, of: False,
+) -> Captioned:
+    """Caption the pictures that have none. What is written stays when this is stopped, and the next
+    call goes on with the rest.
+
+    Args:
+        dress: what becomes of a model's caption before it is written: trigger word, prefix.
+        batch_size: pictures that the model sees at once.
+        overwrite: as of `find_tasks`.
+        on_picture: called with (pictures done, in all) after each batch; stops when it is True.
+
+    Raises:
+        DataError: there is no such folder, or it cannot be read.
+        UserError: a caption cannot be written.
+    """
+    tasks, had = find_tasks(folder, overwrite)
+    result = Captioned(had_captions=had)
+    for start in range(0, len(tasks), batch_size):
+        batch = tasks[start : start + batch_size]
+        _caption(batch, captioner, dress, overwrite, result)
+        if on_picture(start + len(batch), len(tasks)):
+            break
+    return result
+
+
+def _caption(
+    batch: Sequence[Task],
+    captioner: Captioner,
+    dress: Callable[[str], str],
+    overwrite: bool,
+    result: Captioned,
+) -> None:
+    """Caption and write a batch, and note it in `result`."""
+    pictures: list[tuple[Task, Image.Image]] = []
+    for task in batch:
+        try:
+            pictures.append((task, read_image(task.picture)[0]))
+        except UnreadableImage as error:
+            result.left_out.append((task.picture, str(error)))
+    captions = captioner.captions([picture for _, picture in pictures]) if pictures else []
+    for (task, _), caption in zip(pictures, captions, strict=True):
+        if not caption:
+            result.left_out.append((task.picture, "gave the model nothing to say"))
+            continue
+        with durable.staged(task.target, overwrite) as sibling:
+            sibling.write_text(dress(caption) + "\n", encoding="utf-8")
+        result.written.append(task.target)
+
+
+def _in_metadata(listing: Listing) -> set[str]:
+    """The pictures, by `path_key`, that a metadata file has a caption for."""
+    return {
+        path_key(str(PurePosixPath(name).parent / picture))
+        for name in listing.metadata
+        for picture in read_metadata(listing.path(name)).captions
+    }

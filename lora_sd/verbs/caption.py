@@ -1,0 +1,205 @@
+"""`caption`: captions for pictures that have none, written by a published model."""
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_sd.errors import ConfigError, printable
+
+if TYPE_CHECKING:
+    from lora_sd.captioning.folder import Captioned
+    from lora_sd.captioning.opening import Captioner, CaptionerFiles
+
+DESCRIPTION = """\
+Write a .txt beside each picture that has no caption, in a folder and those inside it.
+
+The model is a folder or a hub id, which is fetched the first time:
+  BLIP         short sentences   Salesforce/blip-image-captioning-large
+  Florence-2   longer ones       florence-community/Florence-2-base
+  WD14         booru tags        SmilingWolf/wd-swinv2-tagger-v3
+WD14 taggers need onnxruntime: pip install -r requirements-captioning.txt
+
+A picture that has a caption keeps it. Ctrl-C stops; the same command goes on with the rest. Read
+what was written before you train on it: these models miss what is special, and make things up."""
+EXAMPLE = """\
+  python -m lora_sd caption pictures/my-cat --model florence-community/Florence-2-base
+  python -m lora_sd caption pictures/ink --model SmilingWolf/wd-swinv2-tagger-v3 \\
+      --threshold 0.4 --exclude "border, signature" --trigger inkstyle"""
+
+OPTIONS = {
+    "tags": ("threshold", "character_threshold", "rating", "exclude"),
+    "florence2": ("detail", "max_tokens"),
+    "blip": ("max_tokens",),
+}
+"""Options that only some kinds of model have."""
+DEFAULTS: dict[str, Any] = {
+    "threshold": 0.35,
+    "character_threshold": 0.85,
+    "rating": False,
+    "exclude": "",
+    "detail": "detailed",
+    "max_tokens": 70,
+}
+MOST_TOKENS = 500  # BLIP has places for 512
+
+
+def caption(
+    folder: Path,
+    model: str,
+    *,
+    trigger: str = "",
+    prefix: str = "",
+    suffix: str = "",
+    batch_size: int = 4,
+    overwrite: bool = False,
+    options: dict[str, Any] | None = None,
+    on_picture: Callable[[int, int], bool] = lambda done, of: False,
+) -> "Captioned":
+    """Caption the pictures of a folder that have no caption.
+
+    Args:
+        model: a folder or a hub id.
+        trigger: put in front of each caption, with a comma; prefix and suffix with a space.
+        options: those of OPTIONS that were given.
+        on_picture: called with (pictures done, in all); stops when it returns True.
+
+    Raises:
+        ConfigError: an option is out of range, or not one of this kind of model.
+        DataError: there is no such folder.
+        CaptioningError: the model cannot be found, read or used.
+        UserError: a caption cannot be written.
+    """
+    from lora_sd.captioning.folder import Captioned, caption_folder, find_tasks
+    from lora_sd.captioning.opening import find_captioner
+    from lora_sd.data.captions import plain_caption
+    from lora_sd.data.folder_options import FolderOptions
+
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    check_ranges(given, batch_size)
+    tasks, had = find_tasks(folder, overwrite)
+    if not tasks:
+        return Captioned(had_captions=had)
+    files = find_captioner(model)
+    foreign = [name for name in given if name not in OPTIONS[files.kind]]
+    if foreign:
+        raise ConfigError([f"'{model}' has no option {flag(name)}." for name in foreign])
+    words = FolderOptions(
+        folder, trigger_word=trigger, caption_prefix=prefix, caption_suffix=suffix
+    )
+    return caption_folder(
+        folder,
+        open_captioner(files, DEFAULTS | given),
+        partial(plain_caption, options=words),
+        batch_size=batch_size,
+        overwrite=overwrite,
+        on_picture=on_picture,
+    )
+
+
+def open_captioner(files: "CaptionerFiles", options: dict[str, Any]) -> "Captioner":
+    """Load the model with all its options."""
+    if files.kind == "tags":
+        from lora_sd.captioning.tags import TagCaptioner, TagChoice
+
+        excluded = tuple(tag for tag in options["exclude"].split(",") if tag.strip())
+        choice = TagChoice(
+            options["threshold"], options["character_threshold"], options["rating"], excluded
+        )
+        return TagCaptioner(files, choice)
+    from transformers.utils import logging
+
+    from lora_sd.base_model import pick_device
+    from lora_sd.captioning.sentences import SentenceCaptioner
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return SentenceCaptioner(files, options["detail"], options["max_tokens"], pick_device())
+
+
+def check_ranges(options: dict[str, Any], batch_size: int) -> None:
+    """Raises ConfigError for numbers that cannot be."""
+    problems = []
+    for name in ("threshold", "character_threshold"):
+        value = options.get(name, 0.5)
+        if math.isnan(value) or not 0 <= value <= 1:
+            problems.append(f"{flag(name)} is {value:g}; it is a probability, 0 to 1.")
+    if not 1 <= options.get("max_tokens", 1) <= MOST_TOKENS:
+        problems.append(f"--max-tokens is {options['max_tokens']}; it must be 1 to {MOST_TOKENS}.")
+    if not 1 <= batch_size <= 1024:
+        problems.append(f"--batch-size is {batch_size}; it must be 1 to 1024.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def flag(name: str) -> str:
+    """'--max-tokens' for 'max_tokens'."""
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's flags."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of pictures")
+    parser.add_argument("--model", required=True, help="a folder or a hub id; see above")
+    parser.add_argument("--trigger", default="", metavar="WORD", help="put before each caption")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="text behind the trigger word")
+    parser.add_argument("--suffix", default="", metavar="TEXT", help="text after each caption")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="pictures at once (default: 4)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write anew what is in .txt files already"
+    )
+    sentences = parser.add_argument_group("BLIP and Florence-2")
+    sentences.add_argument(
+        "--detail",
+        choices=("short", "detailed", "long"),
+        help="Florence-2 alone: how much it says (default: detailed)",
+    )
+    sentences.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest caption (default: 70)"
+    )
+    tags = parser.add_argument_group("WD14")
+    tags.add_argument(
+        "--threshold", type=float, metavar="P", help="least probability of a tag (default: 0.35)"
+    )
+    tags.add_argument(
+        "--character-threshold",
+        type=float,
+        metavar="P",
+        help="the same of a character's name (default: 0.85)",
+    )
+    tags.add_argument(
+        "--rating", action="store_true", default=None, help="the likeliest rating is a tag, too"
+    )
+    tags.add_argument("--exclude", metavar="TAGS", help="tags to leave out, parted by commas")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Caption, and say what came of it."""
+    from tqdm import tqdm
+
+    with tqdm(desc="captioning", unit="picture", leave=False, disable=None) as bar:
+
+        def show(done: int, of: int) -> bool:
+            bar.total = of
+            bar.update(done - bar.n)
+            return False
+
+        done = caption(
+            options.folder,
+            options.model,
+            trigger=options.trigger,
+            prefix=options.prefix,
+            suffix=options.suffix,
+            batch_size=options.batch_size,
+            overwrite=options.overwrite,
+            options={name: getattr(options, name) for name in DEFAULTS},
+            on_picture=show,
+        )
+    print(f"{len(done.written)} captions written, {done.had_captions} pictures had theirs already.")
+    for picture, reason in done.left_out:
+        print(f"'{printable(str(picture))}' {reason}: no caption.")
+    return 0
