@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     if verb not in SUMMARIES:
         hint = nearest(verb, SUMMARIES) or f" The verbs are {shown_list(list(SUMMARIES), 99)}."
         raise ConfigError(f"There is no verb '{verb}'.{hint}")
-    module = importlib.import_module(f"lora_sd.verbs.{verb}")
+    module = importlib.import_module(f"lora_sd.verbs.{verb.replace('-', '_')}")
     parser = Parser(f"{PROGRAM} {verb}", module.DESCRIPTION, module.EXAMPLE)
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(rest)))

@@ -7,6 +7,7 @@ person), the 24 ink drawings, and on changed copies of them.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 Grey = NDArray[np.float32]
 
-THUMBNAIL_PX = 256
+THUMBNAIL_PX = 224
 THUMBNAIL_QUALITY = 72
 STANDARD_PX = 512
 """Longest side at which sharpness and borders are measured: what a base of 512 px would see. Larger
@@ -42,11 +43,15 @@ STRAIGHT = 0.85
 NARROWEST = 0.015
 """A border is a strip along two opposite sides, each at least this share of the picture, within so
 many levels of one colour, that ends at a straight line: that share of the line differs from it by
-more than so many levels. A subject on a plain ground does not end so."""
+more than so many levels; along the other two sides there is either the same or no plain strip. A
+subject on a plain ground does not end so: none of the photographs and 5 of the 440 icons and
+drawings (cards, a flag, framed pictures) are taken for one with borders. Black bars put on the
+photographs are found at over half of them; beside dark parts they are not."""
 
 _SMALL = 24
 _HASH_PX = 32
 _TILES = 8
+_LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Measures:
         small: (24, 24, 3), its colours.
         sharpness: None where nothing can be told: too small, or one colour.
         borders: widths of a border at (left, top, right, bottom), shares of the picture's sides.
-        thumbnail: a JPEG of at most 256 px.
+        thumbnail: a JPEG of at most 224 px.
     """
 
     hash: int
@@ -150,6 +155,28 @@ def are_alike(one: Measures, other: Measures) -> bool:
     return max(_outside(a, b), _outside(b, a)) <= MOST_UNLIKE
 
 
+def like_earlier(measures: Sequence[Measures]) -> list[int | None]:
+    """For each picture the first one that it may be a near-duplicate of, which itself is like none
+    before; None for the others. One of each such group is enough to learn from.
+
+    Of many alike, only the nearest few of each picture are looked at closely.
+    """
+    found: list[int | None] = []
+    firsts: list[int] = []
+    hashes = np.zeros(len(measures), np.uint64)
+    for number, one in enumerate(measures):
+        bits = np.bitwise_count(hashes[: len(firsts)] ^ np.uint64(one.hash))
+        near = np.flatnonzero(bits <= MOST_HASH_BITS)
+        nearest = near[np.argsort(bits[near], kind="stable")][:_LOOKED_AT]
+        alike = (firsts[k] for k in nearest if are_alike(measures[firsts[k]], one))
+        first = next(alike, None)
+        found.append(first)
+        if first is None:
+            hashes[len(firsts)] = one.hash
+            firsts.append(number)
+    return found
+
+
 def _outside(a: Grey, b: Grey) -> float:
     """By how much `a` leaves, where it does most, the range of `b` in the 3 x 3 cells around."""
     padded = np.pad(b, ((1, 1), (1, 1), (0, 0)), mode="edge")
@@ -164,15 +191,13 @@ def borders(grey: Grey) -> tuple[float, float, float, float]:
     top, bottom, left, right = (_plain_lines(one) for one in _from_each_side(grey))
     if top + bottom >= height or left + right >= width:
         return (0.0, 0.0, 0.0, 0.0)  # one colour all over
-    inner = grey[top : height - bottom, left : width - right]
-    ends = [
-        _ends_straight(one, side)
-        for one, side in zip(
-            _from_each_side(inner), (grey[0], grey[-1], grey[:, 0], grey[:, -1]), strict=True
-        )
-    ]
-    vertical = _is_pair(top, bottom, height, ends[:2], grey[0], grey[-1])
-    horizontal = _is_pair(left, right, width, ends[2:], grey[:, 0], grey[:, -1])
+    outer = _from_each_side(grey)
+    inner = _from_each_side(grey[top : height - bottom, left : width - right])
+    straight = [_ends_straight(lines, edge[0]) for lines, edge in zip(inner, outer, strict=True)]
+    vertical = min(top, bottom) >= NARROWEST * height and straight[0] and straight[1]
+    horizontal = min(left, right) >= NARROWEST * width and straight[2] and straight[3]
+    vertical = vertical and (horizontal or not (left or right)) and _same_colour(*outer[:2])
+    horizontal = horizontal and (vertical or not (top or bottom)) and _same_colour(*outer[2:])
     return (
         left / width * horizontal,
         top / height * vertical,
@@ -199,6 +224,5 @@ def _ends_straight(lines: Grey, border: Grey) -> bool:
     return float((first > EDGE_LEVELS).mean()) >= STRAIGHT
 
 
-def _is_pair(one: int, other: int, side: int, straight: list[bool], a: Grey, b: Grey) -> bool:
-    wide = min(one, other) >= NARROWEST * side
-    return wide and all(straight) and bool(abs(np.median(a) - np.median(b)) <= 2 * BORDER_LEVELS)
+def _same_colour(one: Grey, other: Grey) -> bool:
+    return bool(abs(np.median(one[0]) - np.median(other[0])) <= 2 * BORDER_LEVELS)

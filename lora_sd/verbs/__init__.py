@@ -6,6 +6,7 @@ A verb's file has `DESCRIPTION` and `EXAMPLE` for its help, `add_arguments(parse
 """
 
 SUMMARIES = {
+    "check-data": "check a folder of pictures before training: sizes, crops, captions, duplicates",
     "inspect": "show what an adapter holds: ranks, norms, spectrum, metadata; a table or a plot",
     "convert": "write an adapter in another format or precision",
     "resize": "lower an adapter's rank: to a rank, a share of its energy, or a file size",
@@ -15,4 +16,4 @@ SUMMARIES = {
     "verify": "check that an adapter file loads whole in every client",
     "caption": "write captions for pictures that have none, with BLIP, Florence-2 or a WD14 tagger",
 }
-"""What each verb does, in a line; its file has the same name."""
+"""What each verb does, in a line; its file has the same name, with '_' for '-'."""

@@ -1,0 +1,67 @@
+"""What the data report needs of a base model, found without loading it: which sizes pictures may
+have, and how captions become tokens."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_sd.errors import BaseModelError
+
+ROOT = Path(__file__).resolve().parents[2]
+EMBEDDED = {"tiny-sd": ROOT / "assets" / "tiny-sd"}
+CLIP_TOKENIZER = ROOT / "assets" / "clip_tokenizer"
+STEPS_PX = {"sd15": 64, "sd21": 64, "sdxl": 32}
+"""8 pixels a latent, times the UNet's halvings."""
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """`step_px` is what the sides of training pictures are multiples of."""
+
+    step_px: int
+    tokenizer: Any
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in the text each of its tokens begins and ends."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [(begin, end) for begin, end in encoded["offset_mapping"]]
+
+
+def base_facts(model: str) -> BaseFacts:
+    """Of a base model as `base.model` names it, or of a family: 'sd15', 'sd21', 'sdxl'.
+
+    Raises:
+        BaseModelError: it is not there, or no Stable Diffusion.
+    """
+    from transformers import CLIPTokenizer  # slow to import; it leaves torch out
+
+    folder, step_px = EMBEDDED.get(model), STEPS_PX.get(model, 0)
+    if not folder and not step_px:
+        from lora_sd.base_files import open_base  # imports torch
+
+        try:
+            files = open_base(model)
+        except BaseModelError as error:
+            hint = f"To check pictures without it, name its family: {', '.join(STEPS_PX)}."
+            raise BaseModelError([*error.problems, hint]) from None
+        folder, step_px = files.path if files.is_folder else None, STEPS_PX.get(files.family, 0)
+    if folder and not step_px:
+        step_px = 2 ** (_levels(folder / "vae") + _levels(folder / "unet") - 2)
+    own = folder / "tokenizer" if folder else CLIP_TOKENIZER
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(own if own.is_dir() else CLIP_TOKENIZER))
+    except (OSError, ValueError, TypeError) as error:
+        raise BaseModelError(f"The tokenizer in '{own}' is damaged: {error}.") from None
+    return BaseFacts(step_px or 64, tokenizer)
+
+
+def _levels(part: Path) -> int:
+    """How many sizes of picture a part works at, each half of the one before."""
+    try:
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        return len(config["block_out_channels"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise BaseModelError(f"'{part / 'config.json'}' is missing or damaged.") from None

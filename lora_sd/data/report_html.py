@@ -1,0 +1,283 @@
+"""The data report as HTML: one file without scripts that fetches nothing, or a piece of a page.
+
+Names and captions come from anywhere, so every text goes through `_text`. A thumbnail is embedded
+once, in the contact sheet; other places refer to it.
+"""
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from lora_sd.data.report import CheckedPicture, Report, View
+
+FIRST_SHOWN = 300
+MOST_SHOWN = 1500
+MOST_GROUPS = 100
+MOST_LEFT_OUT = 500
+MOST_TAGS = 40
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def page(report: Report) -> str:
+    """The whole report as a file of its own."""
+    title = f"Pictures in {_names(report)}"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n"
+        f'<body>\n<main class="data-report">\n<h1>{title}</h1>\n'
+        + "\n".join(_sections(report, shown_pictures(report, FIRST_SHOWN, MOST_SHOWN)))
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def piece(report: Report, most: int) -> str:
+    """Facts, advice, and the contact sheet of the first `most` pictures, marked ones first, for
+    another page that brings `STYLE`."""
+    numbers = shown_pictures(report, 0, most)
+    numbers += [n for n in range(len(report.pictures)) if n not in set(numbers)]
+    parts = [_facts(report), _advice(report), _left_out(report)]
+    parts.append(_contact_sheet(report, sorted(numbers[:most]), links=False))
+    return f'<div class="data-report">{"".join(parts)}</div>'
+
+
+def shown_pictures(report: Report, first: int, most: int) -> list[int]:
+    """Which pictures are drawn: the first ones, and those with marks (with what they are like), up
+    to `most`."""
+    numbers = dict.fromkeys(range(min(first, len(report.pictures))))
+    for number, one in enumerate(report.pictures):
+        if len(numbers) >= most:
+            break
+        if one.marks:
+            numbers |= dict.fromkeys([number, *([one.like] if one.like is not None else [])])
+    return sorted(numbers)
+
+
+def _sections(report: Report, numbers: Sequence[int]) -> Iterable[str]:
+    yield _facts(report)
+    yield _advice(report)
+    yield _left_out(report)
+    yield _contact_sheet(report, numbers, links=True)
+    yield _groups(report, set(numbers))
+    yield _buckets(report)
+    yield _captions(report)
+    yield _table(report, numbers)
+
+
+def _facts(report: Report) -> str:
+    marked = sum(bool(one.marks) for one in report.pictures)
+    facts = [
+        (len(report.pictures), "used"),
+        (len(report.left_out), "cannot be used"),
+        (marked, "to look at"),
+        (_number(report.showings), "shown in an epoch"),
+    ]
+    items = "".join(f"<div><dt>{what}</dt><dd>{number}</dd></div>" for number, what in facts)
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _advice(report: Report) -> str:
+    said = _list(report.advice, "advice")
+    notices = f"<h2>Also</h2>{_list(report.notices)}" if report.notices else ""
+    return f"<section><h2>Advice</h2>{said}{notices}</section>"
+
+
+def _left_out(report: Report) -> str:
+    if not report.left_out:
+        return ""
+    items = "".join(
+        f"<li><b>{_text(str(one.file))}</b> {_text(one.reason)}</li>"
+        for one in report.left_out[:MOST_LEFT_OUT]
+    )
+    more = len(report.left_out) - MOST_LEFT_OUT
+    rest = f"<p>... and {more} more, which --json names.</p>" if more > 0 else ""
+    return f"<section><h2>Cannot be used</h2><ul>{items}</ul>{rest}</section>"
+
+
+def _contact_sheet(report: Report, numbers: Sequence[int], links: bool) -> str:
+    items = []
+    for number in numbers:
+        one = report.pictures[number]
+        name = f"<b>{_text(one.name)}</b>"
+        if links:
+            name = f'<a href="#row{number}">{name}</a>'
+        sizes = ", ".join(dict.fromkeys(_size(view.crop.size_px) for view in one.views))
+        items.append(
+            f'<li class="{"marked" if one.marks else "plain"}">{_drawing(one, number)}'
+            f"<p>{name}</p><p>{sizes}</p>{_marks(one)}</li>"
+        )
+    left = len(report.pictures) - len(numbers)
+    rest = f" {left} of {len(report.pictures)} pictures are not drawn here." if left else ""
+    return (
+        "<section><h2>Contact sheet</h2><p>The frame is what is shown of each picture; the size "
+        f"below it is what that is scaled to.{rest}</p>"
+        f'<ul class="sheet">{"".join(items)}</ul></section>'
+    )
+
+
+def _drawing(one: CheckedPicture, number: int) -> str:
+    """The thumbnail with its crops, in the picture's own pixels."""
+    width, height = one.size_px
+    source = "data:image/jpeg;base64," + base64.b64encode(one.thumbnail).decode("ascii")
+    kept = min(view.kept for view in one.views)
+    frames = "".join(_frame(view, one.size_px) for view in one.views)
+    label = f"{one.name}, {_size(one.size_px)}, {kept:.0%} kept"
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">'
+        f'<g id="picture{number}"><image href="{source}" width="{width}" height="{height}" '
+        f'preserveAspectRatio="none"/>{frames}</g></svg>'
+    )
+
+
+def _frame(view: View, size_px: tuple[int, int]) -> str:
+    left, top, right, bottom = view.crop.box
+    width, height = size_px
+    outside = f"M0 0H{width}V{height}H0ZM{left:g} {top:g}V{bottom:g}H{right:g}V{top:g}Z"
+    return (
+        f'<path class="outside" d="{outside}"/><rect class="crop" x="{left:g}" y="{top:g}" '
+        f'width="{right - left:g}" height="{bottom - top:g}"/>'
+    )
+
+
+def _again(report: Report, number: int) -> str:
+    """A drawing of the contact sheet once more, small."""
+    width, height = report.pictures[number].size_px
+    return (
+        f'<svg class="small" viewBox="0 0 {width} {height}" aria-hidden="true">'
+        f'<use href="#picture{number}"/></svg>'
+    )
+
+
+def _marks(one: CheckedPicture) -> str:
+    items = "".join(f"<li>{_text(mark.text)}</li>" for mark in one.marks)
+    return f'<ul class="marks">{items}</ul>' if items else ""
+
+
+def _groups(report: Report, drawn: set[int]) -> str:
+    groups: dict[int, list[int]] = {}
+    for number, one in enumerate(report.pictures):
+        if one.like is not None:
+            groups.setdefault(one.like, [one.like]).append(number)
+    if not groups:
+        return ""
+    items = []
+    for members in list(groups.values())[:MOST_GROUPS]:
+        pictures = "".join(
+            f"<li>{_again(report, n) if n in drawn else ''}{_text(report.pictures[n].name)}</li>"
+            for n in members
+        )
+        items.append(f"<li><ul>{pictures}</ul></li>")
+    more = len(groups) - MOST_GROUPS
+    rest = f"<p>... and {more} more groups.</p>" if more > 0 else ""
+    return (
+        "<section><h2>Alike</h2><p>Each line is one group: the same file, or near-duplicates by a "
+        f'perceptual hash.</p><ol class="groups">{"".join(items)}</ol>{rest}</section>'
+    )
+
+
+def _buckets(report: Report) -> str:
+    rows = [
+        (_size(one.size_px), str(one.pictures), _number(one.showings)) for one in report.buckets
+    ]
+    head = ("Size", "Pictures", "Shown in an epoch")
+    return f"<section><h2>Sizes</h2>{_plain_table(head, rows)}</section>"
+
+
+def _captions(report: Report) -> str:
+    facts = report.captions
+    said = []
+    if facts.tokens:
+        fewest, median, most = facts.tokens
+        said.append(
+            f"{fewest} to {most} tokens, half of them {median} or fewer; {report.max_tokens} are "
+            f"read."
+        )
+    if facts.on_every:
+        said.append(f"On every picture: {', '.join(facts.on_every[:MOST_TAGS])}.")
+    for text, count in facts.same[:5]:
+        said.append(f"{count} pictures share the caption '{text}'.")
+    tags = [(_text(tag), str(count)) for tag, count in facts.tags[:MOST_TAGS]]
+    table = _plain_table(("Tag", "Pictures"), tags) if tags else ""
+    return f"<section><h2>Captions</h2>{_list(said)}{table}</section>"
+
+
+def _table(report: Report, numbers: Sequence[int]) -> str:
+    heads = ("Picture", "Size", "Shown at", "Caption", "Tokens", "In an epoch", "Mask")
+    head = "".join(f'<th role="columnheader" scope="col">{name}</th>' for name in heads)
+    rows = "".join(_row(report, number, heads) for number in numbers)
+    left = len(report.pictures) - len(numbers)
+    note = (
+        f"<p>The first {FIRST_SHOWN} pictures and those with marks, {MOST_SHOWN} at most; --json "
+        f"has all {len(report.pictures)}.</p>"
+        if left
+        else ""
+    )
+    return (
+        f"<section><h2>Every picture</h2>{note}"
+        f'<table class="pictures" role="table"><thead role="rowgroup"><tr role="row">{head}</tr>'
+        f'</thead><tbody role="rowgroup">{rows}</tbody></table></section>'
+    )
+
+
+def _row(report: Report, number: int, heads: Sequence[str]) -> str:
+    one = report.pictures[number]
+    shown = "<br>".join(f"{_size(view.crop.size_px)}, {view.kept:.0%} kept" for view in one.views)
+    kind = "" if one.kind == "training" else f"<small>{one.kind}</small>"
+    cells = [
+        f"{_again(report, number)}<b>{_text(one.name)}</b>{kind}{_marks(one)}",
+        _size(one.size_px),
+        shown,
+        f"{_caption(one)}<small>from {_text(one.caption_source)}"
+        f"{'; drawn anew each time' if one.varies else ''}</small>",
+        str(one.tokens),
+        _number(one.showings),
+        one.mask or "none",
+    ]
+    inside = "".join(
+        f'<td role="cell" data-head="{head}"><div>{cell}</div></td>'
+        for head, cell in zip(heads, cells, strict=True)
+    )
+    return f'<tr role="row" id="row{number}">{inside}</tr>'
+
+
+def _caption(one: CheckedPicture) -> str:
+    if not one.caption:
+        return "<i>empty</i>"
+    if one.cut_at is None:
+        return f"<bdi>{_text(one.caption)}</bdi>"
+    read, lost = one.caption[: one.cut_at], one.caption[one.cut_at :]
+    return f'<bdi>{_text(read)}<del title="not read">{_text(lost)}</del></bdi>'
+
+
+def _plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _list(sentences: Sequence[str], kind: str = "") -> str:
+    items = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
+    return f'<ul class="{kind}">{items}</ul>' if kind else f"<ul>{items}</ul>"
+
+
+def _names(report: Report) -> str:
+    return ", ".join(_text(f"'{folder}'") for folder in dict.fromkeys(report.folders))
+
+
+def _size(size_px: tuple[int, int]) -> str:
+    return f"{size_px[0]} x {size_px[1]}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _text(text: str) -> str:
+    """Any text as HTML, for elements and quoted attributes. What drives a terminal, turns the
+    writing around or is no Unicode is shown as in Python's source; emoji keep their joiners."""
+    shown = (c if c.isprintable() or c == "\u200d" else ascii(c)[1:-1] for c in text)
+    return escape("".join(shown))
