@@ -2,15 +2,12 @@
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageEnhance, ImageOps
 
 from lora_sd.data.buckets import Crop, Size
 from lora_sd.data.folder_options import FolderOptions
-
-if TYPE_CHECKING:
-    from lora_sd.data.folder import Picture
+from lora_sd.data.picture_set import Picture
 
 JITTERED_VARIANTS = 8
 HUE_SHARE = 0.1  # a hue shows sooner than a brightness: 0.5 shifts it by 0.05 of the circle
@@ -38,12 +35,12 @@ def variant_count(options: FolderOptions) -> int:
     return 2 if options.flip else 1
 
 
-def choose_variant(picture: "Picture", crop: Crop, number: int) -> Variant:
+def choose_variant(picture: Picture, crop: Crop, number: int) -> Variant:
     """Variant `number` of a picture; what is drawn depends on its content, whatever its name."""
     return choose(picture.size_px, crop, picture.options, number, int(picture.sha256[:15], 16))
 
 
-def drawn_crop(picture: "Picture", crop: Crop, number: int) -> Crop:
+def drawn_crop(picture: Picture, crop: Crop, number: int) -> Crop:
     """The crop that variant `number` really has, as `buckets.time_ids` wants it."""
     return choose_variant(picture, crop, number).crop
 
