@@ -15,6 +15,9 @@ from lora_sd.errors import DataError
 SUFFIXES = (".txt", ".caption")  # in the order in which they count
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("text", "caption", "prompt")
+NO_COLUMN = "has lines without 'text', 'caption' or 'prompt'"
+TWICE = "has several captions of one picture: the first counts"
+MOST_LINES = 5  # named of one file
 MOST_CAPTION_BYTES = 10**6
 MOST_METADATA_BYTES = 10**8
 
@@ -26,8 +29,9 @@ class UnreadableCaption(Exception):
         super().__init__(reason)
         self.reason, self.detail, self.advice = reason, detail, advice
 
-    def of(self, file: Path) -> Finding:
-        return Finding(file, self.reason, self.detail, self.advice)
+    def of(self, file: Path, before: str = "") -> Finding:
+        """What to tell of a file; `before` goes before the reason."""
+        return Finding(file, before + self.reason, self.detail, self.advice)
 
 
 @dataclass
@@ -56,6 +60,10 @@ def read_text(file: Path, most_bytes: int = MOST_CAPTION_BYTES) -> str:
         reason = (error.strerror or str(error)).lower()
         raise UnreadableCaption(f"cannot be read: {reason}") from None
     marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if b"\0" in data and not marked:
+        raise UnreadableCaption(
+            "is not text in UTF-8", "it holds zero bytes, as UTF-16 does", "Save it as UTF-8."
+        )
     try:
         text = data.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -65,7 +73,7 @@ def read_text(file: Path, most_bytes: int = MOST_CAPTION_BYTES) -> str:
             "It may be in an older encoding, such as Windows-1252 or Shift-JIS: save it as UTF-8.",
         ) from None
     if "\0" in text:
-        raise UnreadableCaption("is not text in UTF-8", "it holds zero bytes", "Save it as UTF-8.")
+        raise UnreadableCaption("is not text", "it holds zero characters", "Save it as UTF-8.")
     return text
 
 
@@ -112,29 +120,26 @@ def read_metadata(file: Path, keep_lines: bool = False) -> Metadata:
     except UnreadableCaption as error:
         found.problems.append(error.of(file))
         return found
-    without = 0
+    wrong: dict[str, list[str]] = {}
     for line, row in _csv_rows(text) if file.suffix.lower() == ".csv" else _json_rows(text):
-        where = f"line {line}"
         if isinstance(row, str):
-            found.problems.append(Finding(file, "has broken lines", f"{where}: {row}"))
+            wrong.setdefault("has broken lines", []).append(f"line {line}: {row}")
             continue
         name, caption = row.get("file_name"), next((row[c] for c in COLUMNS if c in row), None)
         if not isinstance(name, str) or not name:
-            found.problems.append(Finding(file, "has lines without 'file_name'", where))
+            wrong.setdefault("has lines without 'file_name'", []).append(f"line {line}")
         elif caption is None:
-            without += 1
+            wrong.setdefault(NO_COLUMN, []).append(f"line {line}")
         elif not isinstance(caption, str) or not is_unicode(caption):
-            found.problems.append(Finding(file, "has captions that are not text", where))
+            wrong.setdefault("has captions that are not text", []).append(f"line {line}")
         elif not (caption := tidy(caption, keep_lines)):
-            found.problems.append(Finding(file, "has empty captions", where))
-        elif found.captions.setdefault(key := path_key(name), caption) != caption:
-            found.notices.append(
-                Finding(file, "names a picture twice: the first caption counts", key)
-            )
-    if without:
-        found.notices.append(
-            Finding(file, "has lines without 'text', 'caption' or 'prompt'", f"{without} lines")
-        )
+            wrong.setdefault("has empty captions", []).append(f"line {line}")
+        elif found.captions.setdefault(path_key(name), caption) != caption:
+            wrong.setdefault(TWICE, []).append(f"line {line}")
+    for reason, lines in wrong.items():
+        more = f" and {len(lines) - MOST_LINES} more" if len(lines) > MOST_LINES else ""
+        told = found.notices if reason in (NO_COLUMN, TWICE) else found.problems
+        told.append(Finding(file, reason, "; ".join(lines[:MOST_LINES]) + more))
     return found
 
 

@@ -1,7 +1,7 @@
 """Which caption a picture gets, and where it came from."""
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from lora_sd.data import caption_files
 from lora_sd.data.caption_files import UnreadableCaption, path_key
@@ -50,7 +50,7 @@ class CaptionSources:
             return caption_files.tidy(options.caption, options.wildcards), "data.caption"
         if options.caption_fallback == "file_name":
             return caption_files.tidy(path.stem.replace("_", " ")), "the file's name"
-        folders = folder_names(self._listing.folder, name)
+        folders = self._listing.folder_names(name)
         if options.caption_fallback == "folder_name":
             _, words = kohya_name(folders[0]) or (1, folders[0])
             return caption_files.tidy(words), "the folder's name"
@@ -90,13 +90,6 @@ class CaptionSources:
             for file in all
         ]
         return files, [name for name in self._metadata if name not in known]
-
-
-def folder_names(folder: Path, name: str) -> list[str]:
-    """The names of the folders a picture lies in, nearest first, up to the whole folder's own."""
-    return [part.name for part in PurePosixPath(name).parents if part.name] + [
-        folder.absolute().resolve().name
-    ]
 
 
 def kohya_name(folder: str) -> tuple[int, str] | None:

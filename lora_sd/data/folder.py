@@ -137,10 +137,15 @@ def _assembled(
         raise DataError(_told(problems, found.candidates))
     if not pictures and found.candidates and not stopped:
         raise DataError(["No picture can be used.", *_told(problems, found.candidates)])
-    left_out = [(finding.file, finding.why) for finding in problems + found.unused]
+    reasons: dict[Path, list[str]] = {}
+    for finding in problems + found.unused:
+        reasons.setdefault(finding.file, []).append(finding.why)
+    left_out = [(file, " It ".join(why)) for file, why in reasons.items()]
     notices = [_summary(pictures, left_out), *found.notices]
     if opaque:
-        notices.append(f"{opaque} pictures have no alpha channel as a mask: all of each counts.")
+        notices.append(
+            f"Pictures without an alpha channel as a mask, of which all counts: {opaque}."
+        )
     notices += (
         sentences(oddities) + _about_content(pictures) + ([index_notice] if index_notice else [])
     )
@@ -155,13 +160,14 @@ def _wrong(one: Candidate, holds: Scanned, mask: Scanned | None) -> list[Finding
     elif one.options.masks == "alpha" and holds.facts and WHOLLY_TRANSPARENT in holds.facts.notices:
         wrong.append(Finding(one.file, "is wholly transparent: as a mask, nothing of it counts"))
     if one.mask and mask and mask.problem:
-        wrong.append(Finding(one.mask, *mask.problem, advice="It is a mask."))
+        reason, detail = mask.problem
+        detail = f"{one.mask.name}: {detail}" if detail else one.mask.name
+        wrong.append(Finding(one.file, f"has a mask that {reason}", detail))
     elif one.mask and mask and mask.facts and holds.facts:
         (width, height), (mask_width, mask_height) = holds.facts.size_px, mask.facts.size_px
-        shape, mask_shape = width / height, mask_width / mask_height
-        if abs(mask_shape / shape - 1) > MASK_SHAPE_TOLERANCE:
-            detail = f"{mask_width} x {mask_height} to {width} x {height}"
-            wrong.append(Finding(one.mask, "is a mask of another shape than its picture", detail))
+        if abs(mask_width / mask_height / (width / height) - 1) > MASK_SHAPE_TOLERANCE:
+            detail = f"{one.mask.name}: {mask_width} x {mask_height}, not {width} x {height}"
+            wrong.append(Finding(one.file, "has a mask of another shape", detail))
     return wrong
 
 
@@ -196,9 +202,10 @@ def _summary(pictures: Sequence[Picture], left_out: Sequence[object]) -> str:
     for kind in dict.fromkeys(one.options.kind for one in pictures):
         ours = [one for one in pictures if one.options.kind == kind]
         shown = sum(one.repeats for one in ours)
-        times = "" if shown == len(ours) else f", shown {shown:g} times an epoch by their repeats"
+        times = "" if shown == len(ours) else f", by their repeats {shown:g} an epoch"
         parts.append(f"{len(ours)} for {kind}{times}")
-    return f"Pictures: {len(pictures)} used ({'; '.join(parts)}), {len(left_out)} left out."
+    used = f"{len(pictures)} ({'; '.join(parts)})" if parts else "0"
+    return f"Pictures used: {used}; left out: {len(left_out)}."
 
 
 def _about_content(pictures: Sequence[Picture]) -> list[str]:
@@ -208,13 +215,13 @@ def _about_content(pictures: Sequence[Picture]) -> list[str]:
     for one in pictures:
         same.setdefault(one.sha256, []).append(one)
     twice = [group for group in same.values() if len(group) > 1]
-    if twice:
-        names = [" = ".join(one.name for one in group) for group in twice]
-        notices.append(f"{len(twice)} pictures are there more than once: {shown_list(names)}.")
-    kinds = [group for group in twice if len({one.options.kind for one in group}) > 1]
-    if kinds:
-        names = [group[0].name for group in kinds]
-        notices.append(f"{len(kinds)} pictures are for more than one kind: {shown_list(names)}.")
+    for what, groups in (
+        ("Pictures whose content is there more than once", twice),
+        ("Pictures that are for training and for something else", [g for g in twice if _mixed(g)]),
+    ):
+        if groups:
+            names = [f"{g[0].name} = {g[1].name}" + " = ..." * (len(g) > 2) for g in groups]
+            notices.append(f"{what}: {len(groups)} ({shown_list(names)}).")
     training = [one for one in pictures if one.options.kind == "training"]
     if len(training) > 1 and len({one.caption for one in training}) == 1:
         notices.append(
@@ -222,6 +229,11 @@ def _about_content(pictures: Sequence[Picture]) -> list[str]:
             f"'{training[0].caption[:60]}'."
         )
     return notices
+
+
+def _mixed(group: Sequence[Picture]) -> bool:
+    kinds = {one.options.kind for one in group}
+    return "training" in kinds and len(kinds) > 1
 
 
 @dataclass(frozen=True)

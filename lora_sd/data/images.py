@@ -26,7 +26,8 @@ BEGINNINGS = [
     (0, b"GIF8", "GIF"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "Photoshop"),
     (4, b"ftypavi", "AVIF"), (4, b"ftyphe", "HEIC"), (4, b"ftypm", "HEIC"),
     (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"), (0, b"<svg", "SVG"), (0, b"%PDF", "PDF"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"), (0, b"v/1\x01", "OpenEXR"),
+    (0, b"<svg", "SVG"), (0, b"%PDF", "PDF"),
 ]  # fmt: skip
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
@@ -38,8 +39,10 @@ COLOUR_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # mode -> as ICC p
 
 WHOLLY_TRANSPARENT = "is wholly transparent: only the background shows"
 
-# The limit above is below the one at which Pillow warns.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+OUR_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"BM")
+
+# Of sizes, which have a limit here, and of EXIF data that is damaged and not needed.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnreadableImage(Exception):
@@ -133,7 +136,7 @@ def decode_mask(data: bytes) -> Image.Image:
     """
     mask = decode(data, "black").rgb.convert("L")
     if mask.getextrema() == (0, 0):
-        raise UnreadableImage("is a mask that is black all over: nothing of its picture counts")
+        raise UnreadableImage("is black all over: nothing of its picture would count")
     return mask
 
 
@@ -189,8 +192,10 @@ def _load(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
 
 def _what_it_is(data: bytes) -> str:
     for offset, beginning, kind in BEGINNINGS:
-        if data[offset:].startswith(beginning):
-            return f"is a {kind} file, a kind that is not read; save it as PNG"
+        if data.startswith(beginning, offset):
+            return f"is {kind}, a kind that is not read; save it as PNG"
+    if data.startswith(OUR_BEGINNINGS):
+        return "is damaged or cut short"
     return f"is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
 
 

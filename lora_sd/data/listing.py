@@ -34,6 +34,11 @@ class Listing:
     def path(self, name: str) -> Path:
         return self.folder / name
 
+    def folder_names(self, name: str) -> list[str]:
+        """The names of the folders a picture lies in, nearest first, up to the whole folder's."""
+        inside = [part.name for part in PurePosixPath(name).parents if part.name]
+        return [*inside, os.path.basename(os.path.abspath(self.folder))]
+
 
 def list_folder(folder: Path) -> Listing:
     """Look through a folder and those inside it.
