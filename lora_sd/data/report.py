@@ -6,7 +6,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.measures import BLURRED, Measures, like_earlier, measure
 from lora_sd.errors import ConfigError
 
+SUMMARY = "Pictures: "  # a notice that the report tells itself, and better
+UNWANTED = "lies in a folder whose name asks for no repeats"  # as `read_folders` says
 FORMAT = "lora_sd data report 1"
 SMALL = 0.8
 """Below this share of the bucket's sides that it would have if it were larger, a picture is called
@@ -54,17 +56,13 @@ class Mark:
     text: str
 
 
-MARKS = {
-    "same-file": "the same file as another",
-    "near-duplicate": "may be a near-duplicate of another",
-    "blurred": "may be blurred",
-    "small": "shown smaller than the resolution",
-    "enlarged": "enlarged",
-    "cropped": "loses much to its crop",
-    "borders": "may have borders",
-    "caption-cut": "caption loses its end",
-    "no-mask": "has no mask",
-}
+MARKS = (
+    *("same-file", "near-duplicate", "blurred", "borders"),
+    *("small", "enlarged", "cropped", "caption-cut"),
+)
+OF_SETTINGS = ("small", "enlarged", "cropped", "caption-cut")
+"""Marks that say as much of the settings: where most pictures have one, `advice` alone tells it."""
+MOST = 0.5
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,12 @@ class CheckedPicture:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that is not used; the reason makes a sentence after its name."""
+    """A file that is not used; the reason makes a sentence after its name. `on_purpose`: its folder
+    asks for that."""
 
     file: Path
     reason: str
+    on_purpose: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,11 @@ class Report:
     advice: tuple[str, ...]
 
     @property
+    def unusable(self) -> list[LeftOut]:
+        """What cannot be used, without what is left out on purpose."""
+        return [one for one in self.left_out if not one.on_purpose]
+
+    @property
     def showings(self) -> float:
         """Pictures shown in an epoch."""
         return sum(one.showings for one in self.pictures)
@@ -179,7 +184,7 @@ def make_report(
 
     _check_resolutions(folders, base.step_px)
     found = read_folders(folders, "skip", inspect=measure, on_picture=on_picture)
-    left_out = [LeftOut(file, reason) for file, reason in found.left_out]
+    left_out = [LeftOut(file, why, why.startswith(UNWANTED)) for file, why in found.left_out]
     usable: list[tuple[Picture, tuple[View, ...]]] = []
     for picture in found.pictures:
         try:
@@ -196,16 +201,17 @@ def make_report(
             _checked(picture, views, measured, base, max_tokens, weight, first, original)
         )
     facts = caption_facts(checked)
+    said = advice(checked, left_out, facts, folders, max_tokens)
     return Report(
         folders=tuple(one.folder for one in folders),
         max_tokens=max_tokens,
         step_px=base.step_px,
-        pictures=tuple(checked),
+        pictures=tuple(_without_common_marks(checked)),
         left_out=tuple(left_out),
         buckets=_buckets(checked),
         captions=facts,
-        notices=tuple(found.notices),
-        advice=tuple(advice(checked, left_out, facts, folders, max_tokens)),
+        notices=tuple(one for one in found.notices if not one.startswith(SUMMARY)),
+        advice=tuple(said),
     )
 
 
@@ -270,7 +276,6 @@ def _checked(
         *_likeness_marks(picture, original),
         *_picture_marks(views, measured),
         *([Mark("caption-cut", f"{len(spans)} tokens, {max_tokens} are read")] if cut_at else []),
-        *([Mark("no-mask", "has no mask")] if options.masks == "file" and not mask else []),
     ]
     return CheckedPicture(
         file=picture.file,
@@ -309,9 +314,7 @@ def _picture_marks(views: Sequence[View], measured: Measures) -> list[Mark]:
     smallest = min(views, key=lambda view: view.smaller)
     if smallest.smaller < SMALL:
         width, height = smallest.crop.size_px
-        marks.append(
-            Mark("small", f"shown at {width} x {height}, less than {smallest.resolution_px} px")
-        )
+        marks.append(Mark("small", f"small: {width} x {height} for {smallest.resolution_px} px"))
     largest = max(view.scale for view in views)
     if largest > ENLARGED:
         marks.append(Mark("enlarged", f"enlarged {largest:.1f} times"))
@@ -321,6 +324,15 @@ def _picture_marks(views: Sequence[View], measured: Measures) -> list[Mark]:
     if any(measured.borders):
         marks.append(Mark("borders", "may have borders"))
     return marks
+
+
+def _without_common_marks(pictures: Sequence[CheckedPicture]) -> list[CheckedPicture]:
+    counts = Counter(mark.kind for one in pictures for mark in one.marks)
+    common = {kind for kind in OF_SETTINGS if counts[kind] > MOST * len(pictures)}
+    return [
+        replace(one, marks=tuple(mark for mark in one.marks if mark.kind not in common))
+        for one in pictures
+    ]
 
 
 def _buckets(pictures: Sequence[CheckedPicture]) -> tuple[Bucket, ...]:
@@ -343,7 +355,7 @@ def as_json(report: Report) -> dict[str, Any]:
       "folders": [folder, ...], "step_px": int, "max_tokens": int,
       "counts": {"used", "left_out", "marked", "showings_per_epoch"},
       "advice": [sentence, ...], "notices": [sentence, ...],
-      "left_out": [{"file", "reason"}, ...],
+      "left_out": [{"file", "reason", "on_purpose"}, ...],
       "buckets": [{"size_px": [width, height], "pictures", "showings"}, ...],
       "captions": {"tokens": {"fewest", "median", "most"} or null, "tags": [{"tag", "pictures"}],
                    "on_every": [text], "same": [{"caption", "pictures"}], "empty": int},
@@ -371,7 +383,10 @@ def as_json(report: Report) -> dict[str, Any]:
         },
         "advice": list(report.advice),
         "notices": list(report.notices),
-        "left_out": [{"file": str(one.file), "reason": one.reason} for one in report.left_out],
+        "left_out": [
+            {"file": str(one.file), "reason": one.reason, "on_purpose": one.on_purpose}
+            for one in report.left_out
+        ],
         "buckets": [
             {"size_px": list(one.size_px), "pictures": one.pictures, "showings": one.showings}
             for one in report.buckets

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from statistics import median_low
 
 from lora_sd.data.folder_options import FolderOptions
-from lora_sd.data.report import CaptionFacts, CheckedPicture, LeftOut
+from lora_sd.data.report import MOST, CaptionFacts, CheckedPicture, LeftOut
 from lora_sd.errors import shown_list
 
 MOST_TAGS = 200
 FEW_PICTURES = 5
 """Fewer training pictures than that are worth a word; people train subjects on 10 to 30."""
-COMMON = 0.5
-"""Share of the pictures from which on something is said of the settings, not of the pictures."""
 FILLERS = {
     "a", "an", "and", "at", "by", "for", "from", "her", "his", "image", "in", "is", "it", "its",
     "my", "of", "on", "one", "our", "photo", "photograph", "picture", "some", "that", "the",
@@ -84,8 +82,7 @@ def advice(
 
 def _on_files(pictures: Sequence[CheckedPicture], left_out: Sequence[LeftOut]) -> list[str]:
     said = []
-    if left_out:
-        n = len(left_out)
+    if n := sum(not one.on_purpose for one in left_out):
         said.append(
             f"{_count(n, 'file')} cannot be used: mend or remove {'it' if n == 1 else 'them'}, or "
             f"set data.bad_pictures to skip."
@@ -122,7 +119,7 @@ def _on_sizes(pictures: Sequence[CheckedPicture], folders: Sequence[FolderOption
     said = []
     if small := _marked(pictures, "small"):
         sentence = f"{_of(small, pictures)} {_are(len(small))} smaller than the resolution wants"
-        if len(small) > COMMON * len(pictures):
+        if len(small) > MOST * len(pictures):
             sentence += ": a lower data.resolution_px would do them justice."
         else:
             sentence += f" and shown smaller, with less detail: {shown_list(small)}."
@@ -136,13 +133,8 @@ def _on_sizes(pictures: Sequence[CheckedPicture], folders: Sequence[FolderOption
         longest = max(one.max_aspect_ratio for one in folders)
         said.append(
             f"{_of(cropped, pictures)} {'loses' if len(cropped) == 1 else 'lose'} much to the "
-            f"crop: {shown_list(cropped)}. Cut them to what matters, or raise "
+            f"crop: {shown_list(cropped)}. Cut to what matters, or raise "
             f"data.max_aspect_ratio, which is {longest:g}."
-        )
-    if bare := _marked(pictures, "no-mask"):
-        said.append(
-            f"{_of(bare, pictures)} {'has' if len(bare) == 1 else 'have'} no mask and "
-            f"{'counts' if len(bare) == 1 else 'count'} everywhere: {shown_list(bare)}."
         )
     return said
 

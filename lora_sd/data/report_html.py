@@ -39,9 +39,10 @@ def piece(report: Report, most: int) -> str:
     another page that brings `STYLE`."""
     numbers = shown_pictures(report, 0, most)
     numbers += [n for n in range(len(report.pictures)) if n not in set(numbers)]
-    parts = [_facts(report), _advice(report), _left_out(report)]
-    parts.append(_contact_sheet(report, sorted(numbers[:most]), links=False))
-    return f'<div class="data-report">{"".join(parts)}</div>'
+    left_out = f"<h4>Not used</h4>{_left_out(report)}" if report.left_out else ""
+    sheet = _contact_sheet(report, sorted(numbers[:most]), links=False)
+    inside = f"{_facts(report)}{_advice(report)}{left_out}<h4>Contact sheet</h4>{sheet}"
+    return f'<div class="data-report">{inside}</div>'
 
 
 def shown_pictures(report: Report, first: int, most: int) -> list[int]:
@@ -57,21 +58,37 @@ def shown_pictures(report: Report, first: int, most: int) -> list[int]:
 
 
 def _sections(report: Report, numbers: Sequence[int]) -> Iterable[str]:
+    parts = {
+        "Contact sheet": _contact_sheet(report, numbers, links=True),
+        "Not used": _left_out(report),
+        "Alike": _groups(report, set(numbers)),
+        "Sizes": _buckets(report),
+        "Captions": _captions(report),
+        "Also": _list(report.notices) if report.notices else "",
+        "Every picture": _table(report, numbers),
+    }
+    there = {title: inside for title, inside in parts.items() if inside}
     yield _facts(report)
-    yield _advice(report)
-    yield _left_out(report)
-    yield _contact_sheet(report, numbers, links=True)
-    yield _groups(report, set(numbers))
-    yield _buckets(report)
-    yield _captions(report)
-    yield _table(report, numbers)
+    links = "".join(f'<li><a href="#{_id(title)}">{title}</a></li>' for title in there)
+    yield f'<nav aria-label="Parts of this page"><ul>{links}</ul></nav>'
+    yield _section("Advice", _advice(report))
+    yield from (_section(title, inside) for title, inside in there.items())
+
+
+def _section(title: str, inside: str) -> str:
+    name = _id(title)
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{inside}</section>'
+
+
+def _id(title: str) -> str:
+    return title.lower().replace(" ", "-")
 
 
 def _facts(report: Report) -> str:
     marked = sum(bool(one.marks) for one in report.pictures)
     facts = [
         (len(report.pictures), "used"),
-        (len(report.left_out), "cannot be used"),
+        (len(report.unusable), "cannot be used"),
         (marked, "to look at"),
         (_number(report.showings), "shown in an epoch"),
     ]
@@ -80,21 +97,26 @@ def _facts(report: Report) -> str:
 
 
 def _advice(report: Report) -> str:
-    said = _list(report.advice, "advice")
-    notices = f"<h2>Also</h2>{_list(report.notices)}" if report.notices else ""
-    return f"<section><h2>Advice</h2>{said}{notices}</section>"
+    return _list(report.advice, "advice")
 
 
 def _left_out(report: Report) -> str:
     if not report.left_out:
         return ""
     items = "".join(
-        f"<li><b>{_text(str(one.file))}</b> {_text(one.reason)}</li>"
+        f"<li><b>{_text(_place(one.file, report))}</b> {_text(one.reason)}</li>"
         for one in report.left_out[:MOST_LEFT_OUT]
     )
     more = len(report.left_out) - MOST_LEFT_OUT
-    rest = f"<p>... and {more} more, which --json names.</p>" if more > 0 else ""
-    return f"<section><h2>Cannot be used</h2><ul>{items}</ul>{rest}</section>"
+    return f"<ul>{items}</ul>" + (f"<p>... and {more} more; --json names all.</p>" * (more > 0))
+
+
+def _place(file: Path, report: Report) -> str:
+    """Where a file is, inside the one folder where there is but one."""
+    folders = set(report.folders)
+    if len(folders) == 1 and file.is_relative_to(report.folders[0]):
+        return file.relative_to(report.folders[0]).as_posix()
+    return str(file)
 
 
 def _contact_sheet(report: Report, numbers: Sequence[int], links: bool) -> str:
@@ -105,16 +127,16 @@ def _contact_sheet(report: Report, numbers: Sequence[int], links: bool) -> str:
         if links:
             name = f'<a href="#row{number}">{name}</a>'
         sizes = ", ".join(dict.fromkeys(_size(view.crop.size_px) for view in one.views))
+        state = "marked" if one.marks else "plain"
         items.append(
-            f'<li class="{"marked" if one.marks else "plain"}">{_drawing(one, number)}'
-            f"<p>{name}</p><p>{sizes}</p>{_marks(one)}</li>"
+            f'<li class="{state}">{_drawing(one, number)}<p>{name}</p><p>{sizes}</p>{_marks(one)}'
+            f"</li>"
         )
     left = len(report.pictures) - len(numbers)
     rest = f" {left} of {len(report.pictures)} pictures are not drawn here." if left else ""
     return (
-        "<section><h2>Contact sheet</h2><p>The frame is what is shown of each picture; the size "
-        f"below it is what that is scaled to.{rest}</p>"
-        f'<ul class="sheet">{"".join(items)}</ul></section>'
+        "<p>The frame is what is shown of each picture; the size below it is what that is scaled "
+        f'to.{rest}</p><ul class="sheet">{"".join(items)}</ul>'
     )
 
 
@@ -173,8 +195,8 @@ def _groups(report: Report, drawn: set[int]) -> str:
     more = len(groups) - MOST_GROUPS
     rest = f"<p>... and {more} more groups.</p>" if more > 0 else ""
     return (
-        "<section><h2>Alike</h2><p>Each line is one group: the same file, or near-duplicates by a "
-        f'perceptual hash.</p><ol class="groups">{"".join(items)}</ol>{rest}</section>'
+        "<p>Each line is one group: the same file, or what may be near-duplicates.</p>"
+        f'<ol class="groups">{"".join(items)}</ol>{rest}'
     )
 
 
@@ -183,7 +205,7 @@ def _buckets(report: Report) -> str:
         (_size(one.size_px), str(one.pictures), _number(one.showings)) for one in report.buckets
     ]
     head = ("Size", "Pictures", "Shown in an epoch")
-    return f"<section><h2>Sizes</h2>{_plain_table(head, rows)}</section>"
+    return _plain_table(head, rows)
 
 
 def _captions(report: Report) -> str:
@@ -201,7 +223,7 @@ def _captions(report: Report) -> str:
         said.append(f"{count} pictures share the caption '{text}'.")
     tags = [(_text(tag), str(count)) for tag, count in facts.tags[:MOST_TAGS]]
     table = _plain_table(("Tag", "Pictures"), tags) if tags else ""
-    return f"<section><h2>Captions</h2>{_list(said)}{table}</section>"
+    return _list(said) + table
 
 
 def _table(report: Report, numbers: Sequence[int]) -> str:
@@ -216,9 +238,8 @@ def _table(report: Report, numbers: Sequence[int]) -> str:
         else ""
     )
     return (
-        f"<section><h2>Every picture</h2>{note}"
-        f'<table class="pictures" role="table"><thead role="rowgroup"><tr role="row">{head}</tr>'
-        f'</thead><tbody role="rowgroup">{rows}</tbody></table></section>'
+        f'{note}<table class="pictures" role="table"><thead role="rowgroup"><tr role="row">{head}'
+        f'</tr></thead><tbody role="rowgroup">{rows}</tbody></table>'
     )
 
 
@@ -265,7 +286,9 @@ def _list(sentences: Sequence[str], kind: str = "") -> str:
 
 
 def _names(report: Report) -> str:
-    return ", ".join(_text(f"'{folder}'") for folder in dict.fromkeys(report.folders))
+    return ", ".join(
+        _text(f"'{folder.name or folder}'") for folder in dict.fromkeys(report.folders)
+    )
 
 
 def _size(size_px: tuple[int, int]) -> str:

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         size = shown_size(options.output.stat().st_size)
         print(f"\nreport: '{options.output}', {size}")
-    return EXIT_USER_ERROR if report.left_out and config.data.bad_pictures == "fail" else 0
+    return EXIT_USER_ERROR if report.unusable and config.data.bad_pictures == "fail" else 0
 
 
 def check(config: Config) -> Report:
@@ -107,21 +107,19 @@ def lines(report: Report, each_picture: bool = True) -> list[str]:
     """The report as lines of text; without HTML also the pictures, those with marks first."""
     marked = sum(bool(one.marks) for one in report.pictures)
     said = [
-        f"{len(report.pictures)} pictures can be used, {len(report.left_out)} cannot, {marked} to "
+        f"{len(report.pictures)} pictures can be used, {len(report.unusable)} cannot, {marked} to "
         f"look at; {report.showings:g} shown in an epoch",
         "",
         *(f"- {sentence}" for sentence in report.advice),
     ]
     if report.left_out:
-        said += ["", "cannot be used"]
+        said += ["", "not used"]
         said += [f"  '{one.file}' {one.reason}" for one in report.left_out[:MOST_ROWS]]
         said += _rest(len(report.left_out) - MOST_ROWS)
     if report.notices:
         said += ["", "also", *(f"  {notice}" for notice in report.notices)]
-    said += ["", "sizes"]
-    said += [
-        f"  {one.size_px[0]} x {one.size_px[1]}: {one.pictures} pictures" for one in report.buckets
-    ]
+    said += ["", "pictures of each size"]
+    said += [f"  {one.size_px[0]} x {one.size_px[1]}: {one.pictures}" for one in report.buckets]
     if each_picture:
         rows = sorted(report.pictures, key=lambda one: not one.marks)
         said += ["", *_table([_row(one) for one in rows[:MOST_ROWS]])]
