@@ -122,6 +122,24 @@ class TrainHandlers:
             notices = notices + clients.ignored_layers(planned, base.family, file_format)
         return LayersShown(layer_choice.describe(plans, options, bytes_per_weight), notices)
 
+    def chosen_pictures(
+        self, source: object, folder_id: object, upload: Mapping[str, Any]
+    ) -> tuple[PictureFolder | None, list[Upload]]:
+        """(the offered folder that was chosen, or else the uploaded pictures); as `start` takes
+        them.
+
+        Raises:
+            DataError: neither is there, or uploads cannot be used.
+        """
+        if source != "upload":
+            return pictures.find_folder(self.outputs, self.more_pictures, folder_id), []
+        uploads = _with_captions(
+            pictures.match_uploads(_paths(upload.get("files"))), upload.get("captions")
+        )
+        if not uploads:
+            raise DataError("Upload some pictures, or use a folder.")
+        return None, uploads
+
     def start(
         self, form: Mapping[str, Any], source: object, folder_id: object, upload: Mapping[str, Any]
     ) -> Started:
@@ -136,14 +154,7 @@ class TrainHandlers:
         problems: list[str] = []
         folder, uploads = None, []
         try:
-            if source == "upload":
-                uploads = _with_captions(
-                    pictures.match_uploads(_paths(upload.get("files"))), upload.get("captions")
-                )
-                if not uploads:
-                    raise DataError("Upload some pictures, or use a folder.")
-            else:
-                folder = pictures.find_folder(self.outputs, self.more_pictures, folder_id)
+            folder, uploads = self.chosen_pictures(source, folder_id, upload)
         except UserError as error:
             problems += error.problems
         data_name = folder.path.name if folder else str(upload.get("name") or "").strip()
