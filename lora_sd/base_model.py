@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -23,15 +22,19 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_sd import layer_names
-from lora_sd.base_files import WEIGHTS, open_base
+from lora_sd.base_files import WEIGHTS, BaseFiles, NotHere, open_base, open_folder
 from lora_sd.base_files.components import Part
-from lora_sd.errors import BaseModelError
+from lora_sd.base_files.prediction import find_prediction
+from lora_sd.base_files.scheduler import make_scheduler
+from lora_sd.base_files.tokenizers import load_tokenizers
+from lora_sd.base_files.vae import open_vae
+from lora_sd.errors import BaseModelError, Problems, UserError
 from lora_sd.formats import versions
 from lora_sd.formats.layer_tables import family_of
 from lora_sd.text_encoding import CHUNK_TOKENS, TextEmbedding, chunked, hidden_states, token_ids
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 TEXT_LAYER_OF_SDXL = -2
+SCALING_FACTOR = 0.18215  # of a VAE whose config names none
 
 
 @dataclass
@@ -280,8 +283,9 @@ class BaseModel:
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.unet.enable_gradient_checkpointing()
-        for encoder in self.text_encoders:
-            encoder.activation_checkpointing_enable({"use_reentrant": False})
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            if encoder is not None:
+                encoder.activation_checkpointing_enable({"use_reentrant": False})
 
     def noise_schedule(self) -> DDPMScheduler:
         """The training schedule: adds noise and knows each timestep's signal-to-noise ratio."""
@@ -399,48 +403,96 @@ def load_base_model(
     Raises:
         BaseModelError: not found, damaged, or not a Stable Diffusion text-to-image model.
     """
-    files = open_base(name)
+    files = _found(name)
+    problems = Problems()
+    with problems.gathered():
+        prediction = find_prediction(files, prediction_type, zero_terminal_snr)
+        scheduler = make_scheduler(
+            name, files.config("scheduler"), prediction.type, prediction.zero_terminal_snr
+        )
     modules: dict[str, Any] = {}
     sources: dict[str, Part] = {}
-    problems: list[str] = []
     for component in WEIGHTS:
         if component == "text_encoder_2" and not files.has_component(component):
             continue
-        config = files.config(component)
-        narrow_vae = (
-            component == "vae" and dtype == torch.float16 and config.get("force_upcast", True)
-        )
-        sources[component] = Part(files, component, torch.float32 if narrow_vae else dtype)
-        try:
-            modules[component] = sources[component].build(config, device)
-        except BaseModelError as error:
-            problems += error.problems
-    if problems:
-        raise BaseModelError(problems)
-    tokenizers = {
-        name: CLIPTokenizer.from_pretrained(str(files.path / name), local_files_only=True)
-        for name in ("tokenizer", "tokenizer_2")
-        if (files.path / name).is_dir()
-    }
-    config = files.config("scheduler")
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    base = BaseModel(
+        with problems.gathered():
+            config = files.config(component)
+            if not config:
+                raise BaseModelError(_without_config(files, component))
+            part = Part(files, component, dtype)
+            if component == "vae":
+                part, config = _choose_vae(files, config, vae, dtype)
+            modules[component] = part.build(config, device)
+            sources[component] = part
+    with problems.gathered():
+        tokenizers = load_tokenizers(files)
+    try:
+        problems.tell()
+    except UserError as error:
+        raise BaseModelError(error.problems) from None
+    return BaseModel(
         name=name,
         scheduler=scheduler,
-        sources=sources,
         clip_skip=clip_skip,
+        prediction_type_is_known=prediction.is_known,
+        sources=sources,
         **modules,
         **tokenizers,
     )
-    _check(base)
-    return base
 
 
-def _check(base: BaseModel) -> None:
-    if not 1 < base.tokenizer.model_max_length < 10_000 or not len(base.tokenizer):
-        raise BaseModelError(f"The base model '{base.name}' lacks its tokenizer.")
-    if base.prediction_type not in PREDICTION_TYPES:
+def _found(name: str) -> BaseFiles:
+    """The files of a base model; one of the hub is fetched where it is not on this machine."""
+    try:
+        return open_base(name)
+    except NotHere:
+        from lora_sd.base_files.hub import fetch  # wanted here alone
+
+        return open_folder(name, fetch(name))
+
+
+def _without_config(files: BaseFiles, component: str) -> str:
+    if files.is_folder:
+        return f"The base model '{files.name}' lacks '{component}/config.json'. Get it again."
+    return (
+        f"'{files.name}' is of no published family (SD 1, SD 2, SDXL) and does not say how it is "
+        f"built. Name its diffusers folder, or a file that this project's `bake` made of that."
+    )
+
+
+def _choose_vae(
+    files: BaseFiles, config: dict[str, Any], other: str | None, dtype: torch.dtype
+) -> tuple[Part, dict[str, Any]]:
+    """(the VAE's files, its config): the model's own, or another one that must fit it.
+
+    SDXL's stays in float32 where float16 is asked for, unless its config says that float16 is wide
+    enough for it, as diffusers does.
+    """
+    source = files
+    if other is not None:
+        source, other_config = open_vae(other)
+        _check_fits(other, other_config or config, files.name, config)
+        config = other_config or config
+    narrow = dtype == torch.float16 and files.has_component("text_encoder_2")
+    upcast = narrow and config.get("force_upcast", True)
+    return Part(source, "vae", torch.float32 if upcast else dtype), config
+
+
+def _check_fits(vae: str, config: dict[str, Any], base: str, own: dict[str, Any]) -> None:
+    """Whether another VAE's latents are what the base's UNet knows, by the configs of both."""
+    facts = {
+        "scales its latents by": lambda of: of.get("scaling_factor", SCALING_FACTOR),
+        "shifts them by": lambda of: of.get("shift_factor") or 0,
+        "has latent channels": lambda of: of.get("latent_channels", 4),
+        "has sizes": lambda of: len(of.get("block_out_channels", [64])),
+    }
+    wrong = [
+        f"{what} {value(config)} instead of {value(own)}"
+        for what, value in facts.items()
+        if value(config) != value(own)
+    ]
+    if wrong:
         raise BaseModelError(
-            f"'{base.name}' predicts '{base.prediction_type}'; only "
-            f"{' and '.join(PREDICTION_TYPES)} can be trained."
+            f"The VAE '{vae}' is made for another kind of model than '{base}': it "
+            f"{', '.join(wrong)}."
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_tokenizer, make_unet
+from conftest import make_unet
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -15,24 +15,32 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Size, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from lora_sd.adapter import Adapter
 from lora_sd.base_files import WEIGHTS, BaseFiles
+from lora_sd.base_files.configs import PUBLISHED, published_configs
 from lora_sd.base_files.tensor_stream import write_tensor_file
+from lora_sd.base_files.tokenizers import CLIP
 
-CONFIGS = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
+CONFIGS = {family: published_configs(family) for family in PUBLISHED}
 KINDS = ("sd1", "sd2", "sdxl")
 LATER = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
-def make_base(kind: str, folder: Path, **save: Any) -> Path:
+def make_base(kind: str, folder: Path, predicts_v: bool = False, **save: Any) -> Path:
     """A miniature of one of KINDS as a diffusers folder, with norms and biases other than 1 and 0.
 
-    `save` goes to `save_pretrained`: a variant, a shard size.
+    Args:
+        predicts_v: v instead of the noise; SDXL with zero terminal SNR then, as its fine-tunes.
+        save: for `save_pretrained`: a variant, a shard size.
     """
-    folder.mkdir(parents=True)
-    tokenizer = make_tokenizer(folder / "tokens")
+    tokenizer, padded = clip_tokenizer(), clip_tokenizer("!")
     parts: dict[str, Any] = {
         "vae": AutoencoderKL(
             block_out_channels=(4, 8),
@@ -42,8 +50,13 @@ def make_base(kind: str, folder: Path, **save: Any) -> Path:
             layers_per_block=2,
         ),
         "text_encoder": CLIPTextModel(_text(tokenizer, "gelu" if kind == "sd2" else "quick_gelu")),
-        "tokenizer": tokenizer,
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "tokenizer": padded if kind == "sd2" else tokenizer,
+        "scheduler": DDIMScheduler(
+            clip_sample=False,
+            steps_offset=1,
+            prediction_type="v_prediction" if predicts_v else "epsilon",
+            rescale_betas_zero_snr=predicts_v and kind == "sdxl",
+        ),
     }
     if kind == "sdxl":
         second = _text(tokenizer, "gelu", hidden_size=12, projection_dim=20)
@@ -61,7 +74,7 @@ def make_base(kind: str, folder: Path, **save: Any) -> Path:
         parts |= {
             "unet": unet,
             "text_encoder_2": CLIPTextModelWithProjection(second),
-            "tokenizer_2": tokenizer,
+            "tokenizer_2": padded,
         }
         pipeline: Any = StableDiffusionXLPipeline(**parts)
     else:
@@ -78,6 +91,13 @@ def make_base(kind: str, folder: Path, **save: Any) -> Path:
     return folder / "model"
 
 
+def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """The tokenizer that ships with the project; SD 2 and SDXL's second encoder pad with '!'."""
+    tokenizer = CLIPTokenizer.from_pretrained(str(CLIP))
+    tokenizer.pad_token = pad
+    return tokenizer
+
+
 def _text(tokenizer: Any, hidden_act: str, **changes: Any) -> CLIPTextConfig:
     options = {
         "vocab_size": len(tokenizer),
@@ -85,7 +105,7 @@ def _text(tokenizer: Any, hidden_act: str, **changes: Any) -> CLIPTextConfig:
         "intermediate_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "max_position_embeddings": 16,
+        "max_position_embeddings": 77,
         "hidden_act": hidden_act,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -116,11 +136,10 @@ def make_published(family: str, folder: Path, dtype: torch.dtype = torch.float16
             lambda key, own=own: (torch.randn(own[key], generator=noise) / 50).to(dtype),
             {},
         )
-    make_tokenizer(folder / "tokenizer")
-    classes["tokenizer"] = ["transformers", "CLIPTokenizer"]
-    if family == "sdxl":
-        make_tokenizer(folder / "tokenizer_2")
-        classes["tokenizer_2"] = classes["tokenizer"]
+    for name in ("tokenizer", "tokenizer_2")[: 1 + (family == "sdxl")]:
+        pad = "!" if family == "sd21" or name == "tokenizer_2" else "<|endoftext|>"
+        clip_tokenizer(pad).save_pretrained(folder / name)
+        classes[name] = ["transformers", "CLIPTokenizer"]
     pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
     index = {"_class_name": pipeline, **classes}
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -145,7 +145,7 @@ def test_a_folder_of_pickles_or_without_weights_is_refused(model_folder, tmp_pat
         broken / "vae" / "diffusion_pytorch_model.bin"
     )
     (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    refused(broken, "pickled weights only", "'diffusion_pytorch_model.safetensors' is missing")
+    refused(broken, "is pickled", "python -c", "'diffusion_pytorch_model.safetensors' is missing")
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -171,7 +171,10 @@ def test_a_truncated_file_is_refused(model_folder, tmp_path):
 @pytest.mark.parametrize(
     "key, said",
     [
-        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "another kind of model"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "a Flux model"),
+        ("joint_blocks.0.x_block.attn.qkv.weight", "a Stable Diffusion 3 model"),
+        ("model.diffusion_model.transformer.weight", "another kind of model"),
+        ("encoder.conv_in.weight", "a VAE"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "an adapter"),
         ("down_blocks.0.resnets.0.conv1.weight", "one part of a diffusers folder"),
         ("encoder.weight", "not a Stable Diffusion checkpoint"),
@@ -186,7 +189,11 @@ def test_inpainting_models_are_refused(model_folder, tmp_path):
     base = open_base(str(model_folder))
     conv_in = "model.diffusion_model.input_blocks.0.0.weight"
     file = tmp_path / "one.safetensors"
-    refused(save_single_file(base, file, **{conv_in: torch.ones(8, 9, 3, 3)}), "9 means inpainting")
+    refused(
+        save_single_file(base, file, **{conv_in: torch.ones(8, 9, 3, 3)}),
+        "an inpainting model",
+        "9 channels",
+    )
 
 
 def test_unknown_number_formats_are_refused(model_folder, tmp_path):

@@ -56,15 +56,16 @@ def test_weights_that_are_not_whole_are_refused(folder, part, damage):
         tensors = load_file(file)
         del tensors[sorted(tensors)[0]]
         save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(BaseModelError, match="The base model '.*model'"):
+    said = {"cut": "is damaged", "missing": "is missing", "lacking": "1 missing"}[damage]
+    with pytest.raises(BaseModelError, match=f"{part}.*{said}|{said}.*'{part}"):
         load(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nowhere", "no diffusers folder and no hub id"),
-        ("x" * 300, "no diffusers folder and no hub id"),
+        ("nowhere", "There is no base model 'nowhere'"),
+        ("x" * 300, "File name too long"),
         (".", "holds no model_index.json"),
     ],
 )
@@ -81,7 +82,7 @@ def test_an_inpainting_unet_is_refused(folder):
     tensors = load_file(file)
     tensors["conv_in.weight"] = torch.zeros(8, 9, 3, 3)
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(BaseModelError, match="takes 9 channels"):
+    with pytest.raises(BaseModelError, match="an inpainting model.*9 channels"):
         load(folder)
 
 

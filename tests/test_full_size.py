@@ -1,6 +1,5 @@
 """Models of the published sizes: bake and extract in a process of their own, and the figures."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import PROJECT, randomise
+from conftest import randomise
 from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -19,6 +18,7 @@ from make_bases import make_published
 
 from lora_sd import inject
 from lora_sd.base_files import open_base
+from lora_sd.base_files.configs import published_configs
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.formats.safetensors_file import read_header
 from lora_sd.layer_choice import choose_layers
@@ -106,8 +106,7 @@ def test_extract_undoes_bake(made):
 
 @pytest.mark.slow
 def test_attaching_merging_and_reading_headers_are_as_quick_as_promised(tmp_path):
-    configs = json.loads((PROJECT / "tests" / "data" / "model_configs.json").read_text())
-    unet = UNet2DConditionModel.from_config(configs["sd15"]["unet"])
+    unet = UNet2DConditionModel.from_config(published_configs("sd15")["unet"])
     plans = choose_layers(layer_shapes(unet), "attention-conv", 16, 16, 16, 16)
 
     def timed(action, *arguments):

@@ -12,7 +12,7 @@ import torch
 from torch import Size, Tensor
 
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.base_files.opening import WEIGHTS, BaseFiles
+from lora_sd.base_files.files import WEIGHTS, BaseFiles
 from lora_sd.base_files.original import Piece, to_original
 from lora_sd.base_files.tensor_stream import StoredTensor, file_bytes, write_tensor_file
 from lora_sd.errors import AdapterError, UserError, shown_list, shown_size

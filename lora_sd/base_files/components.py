@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Size, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_sd.base_files.opening import BaseFiles
+from lora_sd.base_files.files import BaseFiles
 from lora_sd.errors import BaseModelError, shown_list
 from lora_sd.parts import TEXT_ENCODERS
 
@@ -21,6 +21,7 @@ TITLES = {
     "text_encoder": "text encoder",
     "text_encoder_2": "second text encoder",
 }
+LAST_LAYER_OF_SD2 = "text_encoder.text_model.encoder.layers.23."
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Part:
         found = {
             name: shape
             for name, shape in self.files.tensor_shapes.items()
-            if name.startswith(f"{self.component}.")
+            if name.startswith(f"{self.component}.") and not self._is_left_out(name, wanted)
         }
         problems = differences(found, wanted)
         if problems:
@@ -83,6 +84,14 @@ class Part:
                 f"The base model '{self.files.name}' does not hold the {TITLES[self.component]} "
                 f"that its config describes: {'; '.join(problems)}."
             )
+
+    def _is_left_out(self, name: str, wanted: Mapping[str, Size]) -> bool:
+        """Whether a tensor is not loaded, and need not be: a counter of old files; the last layer
+        of SD 2's text encoder in single files, which the model does not use."""
+        if name.endswith(".position_ids"):
+            return True
+        unused_layer = not self.files.is_folder and self.files.has_open_clip
+        return unused_layer and name.startswith(LAST_LAYER_OF_SD2) and name not in wanted
 
 
 def tensor_name(component: str, key: str) -> str:
@@ -95,9 +104,7 @@ def tensor_name(component: str, key: str) -> str:
 def differences(found: Mapping[str, Size], wanted: Mapping[str, Size]) -> list[str]:
     """How tensors differ from those wanted, as parts of a sentence; empty: not at all."""
     missing = sorted(wanted.keys() - found.keys())
-    unexpected = sorted(
-        name for name in found.keys() - wanted.keys() if not name.endswith(".position_ids")
-    )
+    unexpected = sorted(found.keys() - wanted.keys())
     other = [
         f"'{name}' is {_shape(found[name])} instead of {_shape(wanted[name])}"
         for name in sorted(wanted.keys() & found.keys())

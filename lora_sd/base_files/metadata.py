@@ -4,23 +4,18 @@ ModelSpec 1.0.1 in checkpoints."""
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_sd.base_files.opening import BaseFiles
+from lora_sd.base_files import configs
+from lora_sd.base_files.files import BaseFiles
+from lora_sd.base_files.prediction import said
 from lora_sd.formats import versions
 from lora_sd.formats.versions import ARCHITECTURES
 
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 
 
-def predicts_v(base: BaseFiles) -> bool:
-    """Whether the model predicts v instead of the noise, as far as its files say so."""
-    if base.is_folder:
-        return base.config("scheduler").get("prediction_type") == "v_prediction"
-    return base.metadata.get("modelspec.prediction_type") == "v"
-
-
 def kohya_version(base: BaseFiles) -> str:
     """`ss_base_model_version`, or the model's own name where it is none that kohya knows."""
-    prediction_type = "v_prediction" if predicts_v(base) else "epsilon"
+    prediction_type = said(base)[0] or "epsilon"
     return versions.kohya_version(base.family, prediction_type) or Path(base.name).stem
 
 
@@ -40,7 +35,10 @@ def checkpoint_metadata(base: BaseFiles, title: str, adapters: Sequence[str]) ->
         "modelspec.implementation": IMPLEMENTATION,
         "modelspec.merged_from": ", ".join([Path(base.name).stem, *adapters]),
     }
-    if architecture := ARCHITECTURES.get(kohya_version(base)):
+    prediction = said(base)[0] or ("" if base.family == "sd21" else "epsilon")
+    if prediction and (architecture := ARCHITECTURES.get(kohya_version(base))):
         metadata["modelspec.architecture"] = architecture
-        metadata["modelspec.prediction_type"] = "v" if predicts_v(base) else "epsilon"
+        metadata["modelspec.prediction_type"] = "v" if prediction == "v_prediction" else "epsilon"
+    if base.is_folder:
+        metadata |= configs.packed(base.path, base.family)
     return metadata

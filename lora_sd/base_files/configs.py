@@ -1,0 +1,96 @@
+"""Configs of a base model's parts: what says how to build them, beside their weights.
+
+A diffusers folder has them. A single file has none: those of the published families ship with this
+project in `model_configs.json` (the tables of Hugging Face's repositories of Stable Diffusion 1.5,
+2.1 and XL base), and a file that this project writes of any other model carries its own, and its
+tokenizers, in its metadata.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lora_sd.errors import BaseModelError
+
+METADATA_KEY = "lora_sd.model_files"
+PUBLISHED = ("sd15", "sd21", "sdxl")
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+Config = dict[str, Any]
+
+
+@cache
+def published_configs(family: str) -> Mapping[str, Config]:
+    """Config of each part of 'sd15', 'sd21' or 'sdxl'. Do not change it."""
+    table = json.loads(Path(__file__).with_name("model_configs.json").read_text(encoding="utf-8"))
+    found: Mapping[str, Config] = table[family]
+    return found
+
+
+def config_file(component: str) -> str:
+    """Where a folder has a part's config: 'unet/config.json'."""
+    return f"{component}/{'scheduler_' if component == 'scheduler' else ''}config.json"
+
+
+def read_json(path: Path) -> Config:
+    """A JSON object of a model's folder.
+
+    Raises:
+        BaseModelError: it is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError):
+        pass
+    raise BaseModelError(f"'{path}' is damaged: it is not a JSON object. Get the model again.")
+
+
+def packed(folder: Path, family: str) -> dict[str, str]:
+    """Metadata for the single file of a folder's model, from which the model can be built again;
+    none where it is built just as the family's own."""
+    configs = {
+        name: read_json(folder / name)
+        for name in map(config_file, COMPONENTS)
+        if (folder / name).is_file()
+    }
+    if family in PUBLISHED and not _differ(configs, published_configs(family)):
+        return {}
+    files = {name: json.dumps(config) for name, config in configs.items()}
+    has_own_tokens = any(config.get("vocab_size", 49_408) != 49_408 for config in configs.values())
+    for name in TOKENIZERS if has_own_tokens else ():
+        for file in TOKENIZER_FILES:
+            if (folder / name / file).is_file():
+                files[f"{name}/{file}"] = (folder / name / file).read_text(encoding="utf-8")
+    return {METADATA_KEY: json.dumps(files)}
+
+
+def _differ(configs: Mapping[str, Config], published: Mapping[str, Config]) -> bool:
+    """Whether any published entry is missing or another here."""
+    return any(
+        configs.get(config_file(component), {}).get(key) != value
+        for component, config in published.items()
+        for key, value in config.items()
+        if key != "_diffusers_version"
+    )
+
+
+def unpacked(metadata: Mapping[str, str], name: str) -> dict[str, str]:
+    """{'unet/config.json': its text} of a single file's metadata; empty where it has none.
+
+    Raises:
+        BaseModelError: it is damaged.
+    """
+    if METADATA_KEY not in metadata:
+        return {}
+    try:
+        files = json.loads(metadata[METADATA_KEY])
+        if isinstance(files, dict) and all(isinstance(text, str) for text in files.values()):
+            return files
+    except ValueError:
+        pass
+    raise BaseModelError(f"'{name}' is damaged: '{METADATA_KEY}' in its metadata is no JSON.")
