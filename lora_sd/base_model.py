@@ -164,6 +164,11 @@ class BaseModel:
         length = self._chunk_length
         return torch.stack([chunked(one, texts, length, chunks) for one in self.tokenizers], 1)
 
+    def max_tokens_for(self, texts: Sequence[str]) -> int:
+        """The `max_tokens` with which none of the texts is cut."""
+        longest = max(self.token_counts(texts), default=0)
+        return CHUNK_TOKENS * max(1, -(-longest // (self._chunk_length - 2)))
+
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, start and end not counted."""
         return [len(ids) for ids in token_ids(self.tokenizer, texts)]

@@ -61,10 +61,10 @@ def generate(
         Cancelled: `on_step` asked for it.
     """
     pipeline = base.pipeline()
-    pictures: list[Image.Image] = []
-    parts = [settings[i : i + MOST_IN_A_BATCH] for i in range(0, len(settings), MOST_IN_A_BATCH)]
+    parts = _parts(base, settings)
+    pictures: dict[int, Image.Image] = {}
     done = 0
-    total = sum(part[0].steps for part in parts)
+    total = sum(settings[part[0]].steps for part in parts)
 
     def count(_: object, __: int, ___: object, kwargs: dict[str, object]) -> dict[str, object]:
         nonlocal done
@@ -74,19 +74,51 @@ def generate(
         return kwargs
 
     for part in parts:
-        first = part[0]
+        chosen = [settings[number] for number in part]
+        first = chosen[0]
         with torch.no_grad():
-            pictures += pipeline(
-                prompt=[one.prompt for one in part],
-                negative_prompt=[one.negative_prompt for one in part],
-                generator=[torch.Generator("cpu").manual_seed(one.seed) for one in part],
+            latents = pipeline(
+                **_embeddings(base, chosen),
+                generator=[torch.Generator("cpu").manual_seed(one.seed) for one in chosen],
                 num_inference_steps=first.steps,
                 guidance_scale=first.guidance,
                 width=first.width_px or base.resolution_px,
                 height=first.height_px or base.resolution_px,
                 callback_on_step_end=count,
+                output_type="latent",
             ).images
-    return pictures
+        pictures |= zip(part, base.decode(latents), strict=True)
+    return [pictures[number] for number in range(len(settings))]
+
+
+def _parts(base: BaseModel, settings: Sequence[PictureSettings]) -> list[list[int]]:
+    """The numbers of the pictures that are drawn together. Longer prompts are drawn apart, since
+    they would lengthen the others, which changes these."""
+    by_length: dict[int, list[int]] = {}
+    for number, one in enumerate(settings):
+        tokens = base.max_tokens_for([one.prompt, one.negative_prompt])
+        by_length.setdefault(tokens, []).append(number)
+    return [
+        numbers[i : i + MOST_IN_A_BATCH]
+        for numbers in by_length.values()
+        for i in range(0, len(numbers), MOST_IN_A_BATCH)
+    ]
+
+
+def _embeddings(base: BaseModel, settings: Sequence[PictureSettings]) -> dict[str, torch.Tensor]:
+    """What diffusers' pipeline wants instead of prompts, read as in training."""
+    texts = {
+        "": [one.prompt for one in settings],
+        "negative_": [one.negative_prompt for one in settings],
+    }
+    longest = base.max_tokens_for([text for some in texts.values() for text in some])
+    found = {}
+    for kind, some in texts.items():
+        embedding = base.encode_text(some, longest)
+        found[f"{kind}prompt_embeds"] = embedding.hidden
+        if embedding.pooled is not None:
+            found[f"{kind}pooled_prompt_embeds"] = embedding.pooled
+    return found
 
 
 def generate_at_scales(

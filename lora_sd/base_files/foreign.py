@@ -72,8 +72,7 @@ def check_text_to_image(name: str, shapes: Mapping[str, Size], others: Sequence[
     if conv_in[1] != latents:
         what = BY_CHANNELS.get(
             conv_in[1],
-            f"not a text-to-image model: its latents have {latents} channels, and its UNet is given "
-            f"others",
+            f"not a text-to-image model: its UNet is given more than latents of {latents} channels",
         )
         raise BaseModelError(
             f"'{name}' is {what} ({conv_in[1]} channels in all). Adapters are trained on "
