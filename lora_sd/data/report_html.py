@@ -16,7 +16,10 @@ MOST_SHOWN = 1500
 MOST_GROUPS = 100
 MOST_LEFT_OUT = 500
 MOST_TAGS = 40
-STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+STYLE, PAGE_STYLE = (
+    Path(__file__).with_name(name).read_text(encoding="utf-8")
+    for name in ("report.css", "report_page.css")
+)
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -27,7 +30,7 @@ def page(report: Report) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n"
+        f"<title>{title}</title>\n<style>\n{PAGE_STYLE}{STYLE}</style>\n</head>\n"
         f'<body>\n<main class="data-report">\n<h1>{title}</h1>\n'
         + "\n".join(_sections(report, shown_pictures(report, FIRST_SHOWN, MOST_SHOWN)))
         + "\n</main>\n</body>\n</html>\n"

@@ -7,6 +7,8 @@ import gradio as gr
 from gradio.themes.utils import colors, sizes
 from gradio.themes.utils.fonts import LocalFont
 
+from lora_sd.data.report_html import STYLE as DATA_REPORT_STYLE
+
 STYLE = Path(__file__).with_name("style.css")
 RED = colors.Color(
     name="red", c50="#fdf3f0", c100="#fbe4dd", c200="#f6c6b9", c300="#efa08c", c400="#e67a60",
@@ -84,4 +86,8 @@ def launch_options() -> dict[str, Any]:
         loader_color="*primary_500",
     )
     head = f'<link rel="icon" href="{ICON}">'
-    return {"theme": theme, "css": STYLE.read_text(encoding="utf-8"), "head": head}
+    return {
+        "theme": theme,
+        "css": STYLE.read_text(encoding="utf-8") + DATA_REPORT_STYLE,
+        "head": head,
+    }

@@ -1,7 +1,7 @@
 """What happens on the Train tab; its layout is in train_tab.py and run_panel.py."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,8 @@ class TrainHandlers:
             upload: 'name', 'files' and the table of 'captions'.
         """
         problems: list[str] = []
-        folder, uploads = None, []
+        folder: PictureFolder | None = None
+        uploads: list[Upload] = []
         try:
             folder, uploads = self.chosen_pictures(source, folder_id, upload)
         except UserError as error:
@@ -241,7 +242,4 @@ def _with_captions(uploads: Sequence[Upload], table: object) -> list[Upload]:
     ]
     if problems:
         raise DataError(problems)
-    return [
-        Upload(upload.file, upload.name, written.get(upload.name, upload.caption))
-        for upload in uploads
-    ]
+    return [replace(upload, caption=written.get(upload.name, upload.caption)) for upload in uploads]
