@@ -15,9 +15,31 @@ from lora_sd.errors import ConfigError
 
 LABELS = {
     "base.model": "Base model",
+    "base.vae": "Another VAE",
     "base.dtype": "Base precision",
-    "data.resolution_px": "Resolution (px)",
+    "base.prediction_type": "What it predicts",
+    "base.zero_terminal_snr": "Zero terminal SNR",
+    "base.clip_skip": "CLIP skip",
     "data.caption": "Caption for pictures that have none",
+    "data.caption_fallback": "Without a caption, take",
+    "data.caption_prefix": "Text before every caption",
+    "data.caption_suffix": "Text after every caption",
+    "data.keep_tags": "Tags that stay in front",
+    "data.wildcards": "Wildcards: draw one of {a|b}",
+    "data.max_tokens": "Longest caption (tokens)",
+    "data.resolution_px": "Resolution (px)",
+    "data.max_aspect_ratio": "Longest shape (long / short side)",
+    "data.bucket_step_px": "Sides are multiples of (px)",
+    "data.upscale": "Enlarge small pictures",
+    "data.background": "Background of transparent pictures",
+    "data.bad_pictures": "Pictures that cannot be used",
+    "data.flip": "Mirror at random",
+    "data.crop_jitter": "Vary the crop by",
+    "data.colour_jitter": "Vary the colours by",
+    "data.variants": "Versions of each picture",
+    "data.masks": "Masks",
+    "data.unmasked_weight": "Weight of the rest",
+    "data.cache": "Keep encoded pictures",
     "adapter.preset": "Layers",
     "adapter.include": "Further layers",
     "adapter.exclude": "Layers left alone",
@@ -30,6 +52,7 @@ LABELS = {
     "adapter.up_bias": "Bias of lora_up",
     "output.format": "File format",
     "train.max_grad_norm": "Largest gradient norm",
+    "train.validate_every_steps": "Validate every (steps)",
     "sample.prompts": "Sample prompts, one a line",
     "sample.every_steps": "Draw every (steps)",
     "sample.steps": "Denoising steps",
@@ -134,6 +157,8 @@ def _kind(name: str) -> Any:
 
 def _value(name: str, raw: Any) -> Any:
     kind = _kind(name)
+    if get_origin(kind) is Literal and type(raw) is int:
+        return raw
     if kind is bool:
         if not isinstance(raw, bool):
             raise ValueError("must be on or off")

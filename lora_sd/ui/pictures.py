@@ -2,15 +2,19 @@
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from lora_sd.data.folder import read_caption
-from lora_sd.data.images import SUFFIXES, UnreadableImage, read_image, square
-from lora_sd.errors import DataError, UserError, shown_list
+from lora_sd.data import caption_files
+from lora_sd.data.caption_files import UnreadableCaption
+from lora_sd.data.caption_sources import CaptionSources
+from lora_sd.data.folder_options import FolderOptions
+from lora_sd.data.images import SUFFIXES, UnreadableImage, read_image
+from lora_sd.data.listing import MASK_ENDINGS, Listing, list_folder
+from lora_sd.errors import DataError, shown_list
 from lora_sd.run_folder import NAME_PATTERN
 from lora_sd.ui.launch import PROJECT
 
@@ -31,11 +35,12 @@ class PictureFolder:
 
 @dataclass(frozen=True)
 class Upload:
-    """An uploaded picture where Gradio put it, under its name, with its caption."""
+    """An uploaded picture where Gradio put it, under its name, with its caption and its mask."""
 
     file: Path
     name: str
     caption: str
+    mask: Path | None = None
 
 
 def offered_folders(outputs: Path, more: Path | None) -> list[PictureFolder]:
@@ -48,8 +53,9 @@ def offered_folders(outputs: Path, more: Path | None) -> list[PictureFolder]:
         for path in sorted(root.iterdir()) if root.is_dir() else []:
             if path.name.startswith(".") or not path.is_dir():
                 continue
-            if (place != "example" or any(path.glob("*.txt"))) and (n := len(images_in(path))):
-                label = f"{words}{path.name} ({n} pictures)"
+            listing = _listing(path)
+            if listing.pictures and (place != "example" or listing.captions):
+                label = f"{words}{path.name} ({_pictures(len(listing.pictures))})"
                 found.append(PictureFolder(f"{place}/{path.name}", label, path))
     return found
 
@@ -66,33 +72,34 @@ def find_folder(outputs: Path, more: Path | None, folder_id: object) -> PictureF
     raise DataError("Choose a folder of pictures, or upload some.")
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The pictures of a folder by name."""
-    files = (file for file in folder.iterdir() if not file.name.startswith("."))
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-
-
 def captioned(folder: Path) -> list[tuple[Path, str]]:
-    """(picture, its caption or '') for every picture of a folder."""
+    """(picture, its caption or '') for every picture of a folder and of those inside it, as
+    training will read them; none of them is decoded."""
+    listing = _listing(folder)
+    sources = CaptionSources(listing, FolderOptions(folder))
     pairs = []
-    for image in images_in(folder):
+    for name in listing.pictures:
         try:
-            pairs.append((image, read_caption(image.with_suffix(".txt")) or ""))
-        except UserError:  # training will say it in a sentence
-            pairs.append((image, ""))
+            caption, _ = sources.of(name)
+        except UnreadableCaption:  # training will say it in a sentence
+            caption = ""
+        pairs.append((listing.path(name), caption))
     return pairs
 
 
 def preview(file: Path) -> Image.Image | None:
-    """A small square of a picture, as training will see it; None when it cannot be read."""
+    """A small copy of a picture, in its shape; None when it cannot be read."""
     try:
-        return square(read_image(file)[0], PREVIEW_PX)
+        picture = read_image(file)[0]
     except UnreadableImage:
         return None
+    picture.thumbnail((PREVIEW_PX, PREVIEW_PX), Image.Resampling.LANCZOS)
+    return picture
 
 
 def match_uploads(files: Sequence[Path]) -> list[Upload]:
-    """Pictures with the captions of the .txt files of the same name.
+    """Pictures with the captions of the .txt or .caption files, and the '-mask' pictures, of the
+    same name.
 
     Raises:
         DataError: files that are neither or cannot be read, two of one name, or too many: all
@@ -105,14 +112,14 @@ def match_uploads(files: Sequence[Path]) -> list[Upload]:
     texts: dict[str, Path] = {}
     for file in files:
         kind = file.suffix.lower()
-        place = images if kind in SUFFIXES else texts if kind == ".txt" else None
+        place = images if kind in SUFFIXES else texts if kind in caption_files.SUFFIXES else None
         if place is None:
             problems.append(f"'{file.name}' is neither a picture ({_kinds()}) nor a .txt file.")
         elif file.stem in place:
             problems.append(f"There are two files '{file.stem}': give them different names.")
         else:
             place[file.stem] = file
-    lonely = sorted(f"{stem}.txt" for stem in texts.keys() - images.keys())
+    lonely = sorted(file.name for stem, file in texts.items() if stem not in images)
     if lonely and images:
         problems.append(f"No picture belongs to {shown_list(lonely)}.")
     for file in images.values():
@@ -123,14 +130,27 @@ def match_uploads(files: Sequence[Path]) -> list[Upload]:
     captions: dict[str, str] = {}
     for stem, file in texts.items():
         try:
-            captions[stem] = read_caption(file) or ""
-        except UserError:
-            problems.append(f"'{file.name}' holds no caption in UTF-8 text.")
+            captions[stem] = caption_files.read_own(file)
+        except UnreadableCaption as error:
+            problems.append(f"'{file.name}' {error}.")
     if problems:
         raise DataError(problems)
+    masks = _masks(images)
     return [
-        Upload(file, file.name, captions.get(stem, "")) for stem, file in sorted(images.items())
+        Upload(file, file.name, captions.get(stem, ""), masks.get(stem))
+        for stem, file in sorted(images.items())
+        if file not in masks.values()
     ]
+
+
+def _masks(images: Mapping[str, Path]) -> dict[str, Path]:
+    """The pictures that are masks of others, by the name of those."""
+    return {
+        stem: images[stem + ending]
+        for stem in images
+        for ending in reversed(MASK_ENDINGS)  # the first counts
+        if stem + ending in images
+    }
 
 
 def save_folder(outputs: Path, name: str, uploads: Sequence[Upload]) -> PictureFolder:
@@ -159,13 +179,28 @@ def save_folder(outputs: Path, name: str, uploads: Sequence[Upload]) -> PictureF
             while any(target.glob(f"{stem}.*")):
                 stem += f"-{number}"
             shutil.copyfile(upload.file, target / (stem + upload.file.suffix.lower()))
+            if upload.mask:
+                mask = stem + MASK_ENDINGS[0] + upload.mask.suffix.lower()
+                shutil.copyfile(upload.mask, target / mask)
             caption = " ".join(upload.caption.split())
             if caption:
                 (target / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8")
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
-    return PictureFolder(f"mine/{name}", f"{name} ({len(uploads)} pictures)", target)
+    return PictureFolder(f"mine/{name}", f"{name} ({_pictures(len(uploads))})", target)
+
+
+def _listing(folder: Path) -> Listing:
+    """What is in a folder by name; nothing where it cannot be read."""
+    try:
+        return list_folder(folder)
+    except DataError:
+        return Listing(folder)
+
+
+def _pictures(number: int) -> str:
+    return "1 picture" if number == 1 else f"{number:,} pictures"
 
 
 def _kinds() -> str:
