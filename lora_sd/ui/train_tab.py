@@ -7,22 +7,11 @@ import gradio as gr
 from gradio.components import Component
 
 from lora_sd.ui import fields
+from lora_sd.ui.data_report import build_data_report, wire_data_report
+from lora_sd.ui.more_settings import build_more_settings
 from lora_sd.ui.run_panel import RunPanel, build_run_panel
 from lora_sd.ui.show import layers_html, sentences_html, thumbs_html
-from lora_sd.ui.train_handlers import OWN_FIELDS, Shown, TrainHandlers
-
-MAIN_FIELDS = (
-    "data.caption", "output.name", "base.model", "train.steps", "train.batch_size",
-    "train.learning_rate", "adapter.rank", "data.resolution_px", "train.seed", "sample.prompts",
-)  # fmt: skip
-GROUPS = {
-    "data": "Pictures",
-    "base": "Base model",
-    "adapter": "Adapter",
-    "train": "Training",
-    "sample": "Samples on the way",
-    "output": "What is kept",
-}
+from lora_sd.ui.train_handlers import Shown, TrainHandlers
 
 
 @dataclass(frozen=True)
@@ -89,12 +78,10 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
                     info="The pictures are kept under this name for the next run.",
                     elem_id="data-name",
                 )
-            add(
-                "data.caption",
-                info=False,
-                placeholder="a photo of my cat",
-                visible=False,
-            )
+            with gr.Row():
+                add("data.trigger_word", placeholder="none")
+                add("data.caption", info=False, placeholder="a photo of my cat", visible=False)
+            data_report = build_data_report()
             gr.HTML("<h2>2. What to train</h2>", elem_classes="heading")
             with gr.Row():
                 add("output.name", info=False, placeholder="as the pictures")
@@ -108,7 +95,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
                 add("train.seed", min_width=90)
             add("sample.prompts", lines=3)
             with gr.Accordion("More settings", open=False, elem_id="more"):
-                _more_settings(add)
+                build_more_settings(add)
             look_at_layers = gr.Button("Show which layers learn", size="md", elem_id="show-layers")
             layers = gr.HTML(elem_id="layers")
             with gr.Column(elem_classes="start-bar"):
@@ -169,6 +156,9 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
         shown = handlers.layers({names[part]: value for part, value in data.items()})
         return sentences_html(shown.problems) + layers_html(shown.table, shown.notices)
 
+    wire_data_report(
+        data_report, handlers, form, source, folder, {"files": files, "captions": table}
+    )
     quick = {"show_progress": "hidden", "queue": False}
     source.input(show_source, [source, folder, files], [folder_side, upload_side, caption], **quick)
     folder.change(
@@ -194,24 +184,6 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
 
     gr.on(None, fill, None, [folder, thumbs, caption], **quick)
     return TrainTab(panel)
-
-
-def _more_settings(add: Any) -> None:
-    """Every setting that is not in the form yet, two in a row, under its group's heading."""
-    for group, title in GROUPS.items():
-        rest = [
-            name
-            for name in fields.FIELDS
-            if name.startswith(f"{group}.") and name not in OWN_FIELDS and name not in MAIN_FIELDS
-        ]
-        if not rest:
-            continue
-        gr.HTML(f"<h4>{title}</h4>")
-        for pair in zip(rest[::2], [*rest[1::2], None], strict=False):
-            with gr.Row():
-                for name in pair:
-                    if name:
-                        add(name)
 
 
 def _shown_html(shown: Shown) -> str:
