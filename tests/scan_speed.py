@@ -6,8 +6,8 @@ makes the pictures (1 MP, mixed JPEG and PNG, every file's content its own) in F
 not exist, scans them twice in processes that do nothing else, and removes them.
 """
 
-import itertools
 import io
+import itertools
 import json
 import shutil
 import subprocess

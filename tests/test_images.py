@@ -170,7 +170,8 @@ def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("GIF", "GIF"), ("TIFF", "TIFF"), ("AVIF", "AVIF"), ("JPEG2000", "JPEG 2000")]
+    ("kind", "name"),
+    [("GIF", "GIF"), ("TIFF", "TIFF"), ("AVIF", "AVIF"), ("JPEG2000", "JPEG 2000")],
 )
 def test_other_kinds_are_called_by_their_names(kind, name):
     with pytest.raises(UnreadableImage, match=f"is {name}, a kind that is not read"):

@@ -66,7 +66,11 @@ class CaptionSources:
         if not files:
             return None
         first, *rest = files
-        caption = caption_files.read_own(self._listing.path(first), self._options.wildcards)
+        try:
+            caption = caption_files.read_own(self._listing.path(first), self._options.wildcards)
+        except UnreadableCaption as error:
+            detail = f"{first}: {error.detail}" if error.detail else first
+            raise UnreadableCaption(error.reason, detail, error.advice) from None
         for other in rest:
             path = self._listing.path(other)
             try:

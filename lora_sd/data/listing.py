@@ -101,7 +101,7 @@ def _walk(found: Listing) -> Iterator[str]:
         for entry in entries:
             name = inside + entry.name
             path = found.path(name)
-            is_folder = entry.is_dir()
+            is_folder = os.path.isdir(path)  # unlike entry.is_dir(), False of a link to itself
             is_picture = PurePosixPath(name).suffix.lower() in SUFFIXES
             if entry.name.startswith("."):
                 if is_folder or is_picture:
