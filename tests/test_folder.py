@@ -430,6 +430,17 @@ def test_progress_is_told_and_a_stop_ends_early(cats):
     assert calls[-1] == (60, 60)
 
 
+def test_what_was_found_before_an_interruption_is_remembered(cats, tmp_path):
+    def interrupted(done, of):
+        if done == 2:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        read_folders([FolderOptions(cats)], on_picture=interrupted, index=tmp_path / "index")
+    assert len(json.loads((tmp_path / "index").read_bytes())["pictures"]) >= 2
+
+
 def test_only_a_few_pictures_are_in_memory_at_a_time(cats, monkeypatch):
     for number in range(3, 200):
         picture(cats / f"{number}.png")

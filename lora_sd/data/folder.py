@@ -48,7 +48,7 @@ def read_folders(
         on_picture: called with (files looked at, files in all); when it returns True, the set
             holds only the pictures so far.
         index: a file in which what was found is remembered by content, so that the next time
-            pictures need not be decoded; it may be deleted. Not read with `inspect`.
+            pictures need not be decoded, unless for `inspect`; it may be deleted.
 
     Raises:
         DataError: no folder, no picture that can be used, or with 'fail' anything that cannot be
@@ -76,8 +76,10 @@ def read_folders(
     if fatal:
         raise DataError(fatal + sentences(found.problems))
     remembered = Index(index)
-    scanned, stopped = _scanned(found.candidates, remembered, inspect, on_picture)
-    remembered.save()
+    try:
+        scanned, stopped = _scanned(found.candidates, remembered, inspect, on_picture)
+    finally:
+        remembered.save()  # also of what was found before something stopped it
     return _assembled(found, scanned, bad, stopped, remembered.notice)
 
 
