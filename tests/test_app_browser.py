@@ -178,6 +178,7 @@ def test_from_pictures_to_a_downloaded_adapter(app: App, browser, tmp_path: Path
     page.locator("#train-batch_size input").fill("4")
     page.locator("#train-steps input").fill("40")
     page.get_by_text("More settings").first.click()
+    page.get_by_text("Samples on the way").click()
     page.locator("#sample-every_steps input").wait_for()
     page.wait_for_timeout(500)  # Gradio sets the fields' first values just after it shows them
     page.locator("#sample-every_steps input").fill("4")

@@ -10,6 +10,8 @@ from lora_sd.config import Config, config_from_values, read_yaml
 from lora_sd.errors import UserError
 from lora_sd.ui import fields
 from lora_sd.ui.launch import PROJECT
+from lora_sd.ui.more_settings import MAIN_FIELDS, folded_settings
+from lora_sd.ui.train_handlers import OWN_FIELDS
 
 
 @pytest.mark.parametrize("file", [None, *sorted((PROJECT / "configs").glob("*.yaml"))])
@@ -44,6 +46,14 @@ def test_help_and_range_are_those_of_the_config() -> None:
         ("base.model", ["a"], "'Base model' must be text."),
         ("base.model", "x" * 30_000, "'Base model' is too long"),
         ("sample.scales", "0, one", "'Scales' holds 'one', which is no number."),
+        (
+            "data.resolution_px",
+            "512, 5",
+            "'Resolution (px)' is 5: input should be a multiple of 8.",
+        ),
+        ("data.resolution_px", "512.5", "'Resolution (px)' is 512.5, but must be a whole number."),
+        ("data.max_tokens", 80, "'Longest caption (tokens)' is 80: input should be 75, 150 or"),
+        ("data.max_tokens", True, "'Longest caption (tokens)' must be text."),
         ("output.name", "../x", "'Name of the run' is '../x'"),
     ],
 )
@@ -67,6 +77,31 @@ def test_a_number_that_may_be_empty_stays_empty_through_the_form():
     assert fields.config_from_form(form | {"adapter.alpha": " 4 "}).adapter.alpha == 4
     with pytest.raises(UserError, match="no number"):
         fields.config_from_form(form | {"adapter.alpha": "much"})
+
+
+def test_several_resolutions_are_one_field() -> None:
+    assert fields.component("data.resolution_px", [512, 768]).value == "512, 768"
+    config = fields.config_from_form({"data.resolution_px": "512, 768"})
+    assert config.data.resolution_px == [512, 768]
+
+
+def test_what_can_be_chosen_among_numbers_stays_a_number() -> None:
+    component = fields.component("data.max_tokens", 150)
+    assert component.value == 150 and [value for _, value in component.choices] == [75, 150, 225]
+    assert fields.config_from_form({"data.max_tokens": 150}).data.max_tokens == 150
+
+
+def test_every_setting_is_on_the_page_once() -> None:
+    folded = [name for names in folded_settings().values() for name in names]
+    assert sorted([*folded, *MAIN_FIELDS, *OWN_FIELDS]) == sorted(fields.FIELDS)
+    assert all(folded_settings().values())
+    assert folded_settings()["Masks"] == ["data.masks", "data.unmasked_weight"]
+
+
+def test_labels_are_of_settings_that_there_are() -> None:
+    assert fields.LABELS.keys() <= fields.FIELDS.keys()
+    labels = [fields.label(name) for name in fields.FIELDS if name.startswith("data.")]
+    assert len(set(labels)) == len(labels)
 
 
 def _as_shown(name: str, value: Any) -> Any:

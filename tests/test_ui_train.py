@@ -140,6 +140,71 @@ def test_uploads_become_a_data_set_with_the_captions_of_the_table(
     assert again.problems == ["There is a data set 'forest' already. Choose another name."]
 
 
+def test_uploaded_masks_stay_with_their_pictures(handlers: TrainHandlers, tmp_path: Path) -> None:
+    folder = tmp_path / "uploaded"
+    folder.mkdir()
+    for name in ("my fox.png", "my fox-mask.png", "own-mask.png"):
+        Image.new("L", (80, 64), len(name)).save(folder / name)
+    (folder / "my fox.caption").write_text("a fox")
+    uploads = pictures.match_uploads(sorted(folder.iterdir()))
+    assert [(one.name, one.caption, one.mask is not None) for one in uploads] == [
+        ("my fox.png", "a fox", True),
+        ("own-mask.png", "", False),
+    ]
+    saved = pictures.save_folder(handlers.outputs, "forest", uploads).path
+    assert sorted(file.name for file in saved.iterdir()) == [
+        "my-fox-mask.png", "my-fox.png", "my-fox.txt", "own-mask.png",
+    ]  # fmt: skip
+    with Image.open(saved / "my-fox-mask.png") as mask:
+        assert mask.getpixel((0, 0)) == len("my fox-mask.png")
+
+
+@pytest.fixture
+def more(tmp_path: Path) -> Path:
+    """A folder of folders of pictures, in the ways that people keep them."""
+    root = tmp_path / "more"
+    for name in ("cats/10_sks cat/a.png", "cats/10_sks cat/b.png", "cats/c.png", "flat/d.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 20)).save(root / name)
+    (root / "cats" / "10_sks cat" / "a.caption").write_text("a cat")
+    (root / "flat" / "metadata.jsonl").write_text('{"file_name": "d.png", "text": "a dog"}\n')
+    (root / "flat" / "broken.png").write_bytes(b"no picture")
+    (root / "flat" / "d-mask.png").write_bytes(b"")
+    (root / "empty" / "deep").mkdir(parents=True)
+    return root
+
+
+def test_folders_are_listed_and_captioned_as_training_reads_them(
+    handlers: TrainHandlers, more: Path
+) -> None:
+    handlers.more_pictures = more
+    offered = {one.id: one.label for one in handlers.folders()}
+    assert offered["more/cats"] == "cats (3 pictures)"
+    assert offered["more/flat"] == "flat (2 pictures)" and "more/empty" not in offered
+    assert offered["example/ink-icons"].startswith("Example: ink-icons (")
+    shown = handlers.show_folder("more/cats")
+    assert {file.name: caption for file, caption in shown.pairs} == {
+        "a.png": "a cat", "b.png": "sks cat", "c.png": "",
+    }  # fmt: skip
+    assert shown.lacks_captions
+    assert {f.name: c for f, c in handlers.show_folder("more/flat").pairs}["d.png"] == "a dog"
+
+
+def test_a_list_of_folders_decodes_nothing(
+    handlers: TrainHandlers, more: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers.more_pictures = more
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded"))
+    assert len(handlers.folders()) >= 3 and handlers.show_folder("more/cats").pairs
+
+
+def test_a_preview_keeps_the_shape(more: Path) -> None:
+    Image.new("RGB", (600, 200)).save(more / "wide.png")
+    small = pictures.preview(more / "wide.png")
+    assert small and small.size == (pictures.PREVIEW_PX, round(pictures.PREVIEW_PX / 3))
+    assert pictures.preview(more / "flat" / "broken.png") is None
+
+
 @pytest.mark.parametrize("name", ["", "../x", ".hidden", "a/b", "x" * 70, None])
 def test_data_sets_have_safe_names(handlers: TrainHandlers, tmp_path: Path, name: Any) -> None:
     sent = {"name": name, "files": upload(tmp_path), "captions": None}

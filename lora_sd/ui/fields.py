@@ -22,8 +22,6 @@ LABELS = {
     "base.clip_skip": "CLIP skip",
     "data.caption": "Caption for pictures that have none",
     "data.caption_fallback": "Without a caption, take",
-    "data.caption_prefix": "Text before every caption",
-    "data.caption_suffix": "Text after every caption",
     "data.keep_tags": "Tags that stay in front",
     "data.wildcards": "Wildcards: draw one of {a|b}",
     "data.max_tokens": "Longest caption (tokens)",

@@ -13,15 +13,16 @@ MAIN_FIELDS = (
     "sample.prompts",
 )  # fmt: skip
 DATA_GROUPS = {
+    "Pictures": ("max_aspect_ratio", "bucket_step_px", "background", "bad_pictures", "upscale"),
     "Captions": (
         "caption_fallback", "max_tokens", "caption_prefix", "caption_suffix", "caption_dropout",
-        "tag_dropout", "keep_tags", "shuffle_tags", "wildcards",
+        "tag_dropout", "shuffle_tags", "wildcards", "keep_tags",
     ),
-    "Augmentation": ("crop_jitter", "colour_jitter", "flip", "variants"),
+    "Augmentation": ("crop_jitter", "colour_jitter", "variants", "flip"),
     "Masks": ("masks", "unmasked_weight"),
     "Cache": ("cache",),
 }  # fmt: skip
-"""Settings of `data` that have a group of their own; the others are in the group 'Pictures'."""
+"""Groups of the settings of `data`; one that is in none of them goes to the first."""
 GROUPS = {
     "base": "Base model",
     "adapter": "Adapter",
@@ -29,17 +30,17 @@ GROUPS = {
     "sample": "Samples on the way",
     "output": "What is kept",
 }
+FIELD_MIN_PX = 180  # two in a row, but on a phone
 
 
 def folded_settings() -> dict[str, list[str]]:
     """The settings that the page does not show at once, by the title they are folded under."""
-    groups: dict[str, list[str]] = {title: [] for title in ("Pictures", *DATA_GROUPS)}
     titles = {f"data.{name}": title for title, names in DATA_GROUPS.items() for name in names}
-    for name in [*titles, *fields.FIELDS]:
-        title = titles.get(name) or GROUPS.get(name.partition(".")[0], "Pictures")
-        group = groups.setdefault(title, [])
-        if name not in (*group, *OWN_FIELDS, *MAIN_FIELDS):
-            group.append(name)
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*titles, *fields.FIELDS]):
+        if name not in (*OWN_FIELDS, *MAIN_FIELDS):
+            title = titles.get(name) or GROUPS.get(name.partition(".")[0], next(iter(DATA_GROUPS)))
+            groups.setdefault(title, []).append(name)
     return groups
 
 
@@ -52,4 +53,4 @@ def build_more_settings(add: Callable[..., None]) -> None:
                 with gr.Row():
                     for name in pair:
                         if name:
-                            add(name)
+                            add(name, min_width=FIELD_MIN_PX)

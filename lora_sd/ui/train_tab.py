@@ -54,7 +54,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
             with gr.Column(visible=False, elem_classes="snug") as upload_side:
                 files = gr.File(
                     file_count="multiple",
-                    label="Pictures, and captions as .txt files of the same names",
+                    label="Pictures, and their captions (fox.txt)",
                     height=170,
                     elem_id="files",
                 )
@@ -78,7 +78,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
                     info="The pictures are kept under this name for the next run.",
                     elem_id="data-name",
                 )
-            with gr.Row():
+            with gr.Row(elem_classes="level"):
                 add("data.trigger_word", placeholder="none")
                 add("data.caption", info=False, placeholder="a photo of my cat", visible=False)
             data_report = build_data_report()
