@@ -180,6 +180,12 @@ def test_captions_are_looked_for_in_a_fixed_order(tmp_path):
     assert (found.caption, found.caption_source) == ("sks cat", "the folder's name")
 
 
+def test_a_trigger_word_is_caption_enough(tmp_path):
+    picture(tmp_path / "0.png")
+    (found,) = read(tmp_path, trigger_word="sks").pictures
+    assert (found.caption, found.caption_source) == ("", "data.trigger_word")
+
+
 def test_the_nearest_metadata_file_counts(tmp_path):
     for name in ("a/x.png", "a/y.png"):
         picture(tmp_path / name)
@@ -233,6 +239,8 @@ def test_no_repeats_and_far_too_many_are_told(cats):
     picture(cats / "99999999999_cat" / "a.png")
     (problem,) = problems(cats)
     assert "more than 1000 repeats" in problem
+    (cats / "99999999999_cat").rename(cats / "99999999999_")
+    assert len(problems(cats)) == 2  # no caption either
 
 
 @links
@@ -257,7 +265,7 @@ def test_masks_are_no_pictures_and_are_used_where_asked_for(cats):
     (cats / "3-mask.txt").write_text("a carnival mask")
     found = read(cats)
     assert [one.name for one in found.pictures] == ["0.png", "1.png", "2.png", "3-mask.png"]
-    assert told(found, "Masks", "1 ('0-mask.png')") and found.pictures[0].mask is None
+    assert told(found, "Mask files", "1 ('0-mask.png')") and found.pictures[0].mask is None
     found = read(cats, masks="file")
     assert found.pictures[0].mask == cats / "0-mask.png"
     assert load_picture(found.pictures[0])[1].size == (8, 8)
@@ -293,6 +301,7 @@ def test_notices_count_what_is_odd(cats, tmp_path):
     (cats / "notes.doc").write_text("x")
     shutil.copy(cats / "0.png", cats / "2.png")
     Image.new("RGB", (8, 8)).save(cats / "1.jpg")
+    (cats / "1.caption").write_text("another")
     for name in "012":
         (cats / f"{name}.txt").write_text("a cat")
     other = picture(tmp_path / "held" / "same.png", "red")
@@ -307,6 +316,7 @@ def test_notices_count_what_is_odd(cats, tmp_path):
     assert told(found, "belong to no picture", "1 ('9.txt')")
     assert told(found, "not looked at", "notes.doc")
     assert told(found, "share their name", "'1.jpg' and '1.png'")
+    assert len(told(found, "1.caption", "second caption")) == 1
     assert told(found, "more than once", "0.png = 2.png = ...")
     assert told(found, "for training and for something else", "0.png")
     assert told(found, "All 4 training pictures have the same caption", "'a cat'")

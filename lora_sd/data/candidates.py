@@ -25,7 +25,7 @@ class Candidate:
     mask: Path | None
     repeats: float
     options: FolderOptions
-    problem: Finding | None
+    problems: list[Finding]
 
 
 class Found:
@@ -45,17 +45,17 @@ class Found:
         stems = Counter(stem_key(name) for name in listing.pictures)
         for name in listing.pictures:
             file, mask = listing.path(name), None
-            repeats, problem = _repeats(listing, name)
+            repeats, problems = _repeats(listing, name)
             if repeats == 0:
                 self.unused.append(Finding(file, "lies in a folder whose name asks for no repeats"))
                 continue
             caption = source = ""
             try:
                 caption, source = sources.of(name)
-                if not caption or not is_unicode(caption):
-                    problem = Finding(file, NO_CAPTION)
+                if not source or not is_unicode(caption):
+                    problems.append(Finding(file, NO_CAPTION))
             except UnreadableCaption as error:
-                problem = error.of(file, "has a caption that ")
+                problems.append(error.of(file, "has a caption that "))
             if options.masks == "file":
                 mask_name = listing.masks.get(stem_key(name))
                 mask = listing.path(mask_name) if mask_name else None
@@ -63,20 +63,20 @@ class Found:
                     without_mask.append(name)
             self.candidates.append(
                 Candidate(
-                    file, name, caption, source, mask, options.repeats * repeats, options, problem
+                    file, name, caption, source, mask, options.repeats * repeats, options, problems
                 )
             )
         self.problems += listing.problems + sources.problems
         self.oddities += listing.notices + sources.notices
         orphans, rows = sources.unclaimed(listing.pictures)
         shared = [name for name in listing.pictures if stems[stem_key(name)] > 1]
-        off = list(listing.masks.values()) if options.masks == "off" else []
+        off = list(listing.masks.values()) if options.masks != "file" else []
         for what, names in (
             ("Captions that belong to no picture", orphans),
             ("Named in metadata files, but not there", rows),
             ("Pictures that share their name, and so a caption, with another", shared),
             ("Other files, not looked at", listing.others),
-            ("Masks, not used as data.masks is off", off),
+            (f"Mask files, not used as data.masks is '{options.masks}'", off),
             ("Pictures without a mask, of which all counts", without_mask),
         ):
             if names:
@@ -84,14 +84,13 @@ class Found:
                 self.notices.append(f"'{listing.folder}': {what}: {counted}.")
 
 
-def _repeats(listing: Listing, name: str) -> tuple[int, Finding | None]:
+def _repeats(listing: Listing, name: str) -> tuple[int, list[Finding]]:
     """What the name of the nearest of a picture's folders that says so asks for."""
     named = next(filter(None, map(kohya_name, listing.folder_names(name))), None)
     if named is None:
-        return 1, None
+        return 1, []
     if named[0] > MOST_REPEATS:
         reason = f"lies in a folder whose name asks for more than {MOST_REPEATS} repeats"
-        return 1, Finding(
-            listing.path(name), reason, advice="Rename the folder: a number and '_' in front ask."
-        )
-    return named[0], None
+        advice = "Rename the folder: a number and '_' in front ask."
+        return 1, [Finding(listing.path(name), reason, advice=advice)]
+    return named[0], []

@@ -16,7 +16,8 @@ class CaptionSources:
     """The captions of one folder's pictures.
 
     Attributes:
-        problems, notices: what its metadata files gave, and after the last `of`, `unclaimed`.
+        problems, notices: what is wrong or odd with its metadata files, and after `of` of every
+            picture with their own files.
     """
 
     def __init__(self, listing: Listing, options: FolderOptions) -> None:
@@ -24,7 +25,6 @@ class CaptionSources:
         self.notices: list[Finding] = []
         self._listing, self._options = listing, options
         self._metadata: dict[str, tuple[str, str]] = {}  # picture -> caption, file
-        self._claimed: set[str] = set()
         # A file deeper inside is nearer to its pictures; .jsonl counts before .csv.
         for name in sorted(listing.metadata, key=lambda n: (n.count("/"), n.endswith(".jsonl"))):
             read = caption_files.read_metadata(listing.path(name), options.wildcards)
@@ -37,12 +37,13 @@ class CaptionSources:
     def of(self, name: str) -> tuple[str, str]:
         """(caption, where it came from) of a picture, both '' where it has none.
 
+        A trigger word alone is caption enough: it is put before the empty one.
+
         Raises:
             UnreadableCaption: its own caption file cannot be used.
         """
         options, path = self._options, PurePosixPath(name)
-        own = self._own(name)
-        if own:
+        if own := self._own(name):
             return own
         if path_key(name) in self._metadata:
             return self._metadata[path_key(name)]
@@ -53,16 +54,14 @@ class CaptionSources:
         folders = self._listing.folder_names(name)
         if options.caption_fallback == "folder_name":
             _, words = kohya_name(folders[0]) or (1, folders[0])
-            return caption_files.tidy(words), "the folder's name"
-        for folder in folders:
-            if named := kohya_name(folder):
-                words = caption_files.tidy(named[1])
-                return words, "the folder's name" if words else ""
-        return "", ""
+        else:
+            _, words = next(filter(None, map(kohya_name, folders)), (1, ""))
+        if words := caption_files.tidy(words):
+            return words, "the folder's name"
+        return "", "data.trigger_word" if options.trigger_word else ""
 
     def _own(self, name: str) -> tuple[str, str] | None:
         files = self._listing.captions.get(stem_key(name), [])
-        self._claimed.update(files)
         if not files:
             return None
         first, *rest = files
@@ -78,9 +77,9 @@ class CaptionSources:
                     continue
             except UnreadableCaption:
                 pass
-            self.notices.append(
-                Finding(path, "is a second caption of its picture: the .txt counts, not this")
-            )
+            second = Finding(path, "is a second caption of its picture: the .txt counts, not this")
+            if second not in self.notices:  # as two pictures may share them
+                self.notices.append(second)
         return caption, first
 
     def unclaimed(self, pictures: list[str]) -> tuple[list[str], list[str]]:
@@ -89,9 +88,9 @@ class CaptionSources:
         stems = {stem_key(name) for name in pictures}
         files = [
             file
-            for stem, all in self._listing.captions.items()
+            for stem, same in self._listing.captions.items()
             if stem not in stems
-            for file in all
+            for file in same
         ]
         return files, [name for name in self._metadata if name not in known]
 

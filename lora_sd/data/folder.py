@@ -113,8 +113,7 @@ def _assembled(
         mask = scanned.get(one.mask) if one.mask else None
         if holds is None or (one.mask and mask is None):
             continue  # stopped before it
-        wrong = [one.problem] if one.problem else []
-        wrong += _wrong(one, holds, mask)
+        wrong = one.problems + _wrong(one, holds, mask)
         problems += wrong
         if wrong or holds.facts is None:
             continue
@@ -178,7 +177,7 @@ def _told(problems: Sequence[Finding], candidates: Sequence[Candidate]) -> list[
     told = []
     for options in dict.fromkeys(one.options for one in candidates):
         inside = [one for one in candidates if one.options == options]
-        bare = [one for one in inside if one.problem and one.problem.reason == NO_CAPTION]
+        bare = [one for one in inside if any(p.reason == NO_CAPTION for p in one.problems)]
         if bare:
             file = bare[0].file
             told.append(

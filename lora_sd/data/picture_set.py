@@ -41,8 +41,8 @@ class PictureSet:
     """Everything that was found in some folders.
 
     `pictures` are in a fixed order: folders as given, names sorted. `left_out` is what is not used,
-    with the reason: whole sentences, but that the first goes after the file's name. `notices` are sentences worth
-    showing that stop nothing. `inspected` is what `inspect` gave for each picture.
+    with the reason: whole sentences, but that the first goes after the file's name. `notices` are
+    sentences worth showing that stop nothing. `inspected` is what `inspect` gave for each picture.
     """
 
     pictures: list[Picture]
