@@ -72,9 +72,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(as_json(report), indent=2))
     else:
         print("\n".join(lines(report, each_picture=not options.output)))
-    if options.output:
-        size = shown_size(options.output.stat().st_size)
-        print(f"\nreport: '{options.output}', {size}")
+        if options.output:
+            print(f"\n'{options.output}': {shown_size(options.output.stat().st_size)}")
     return EXIT_USER_ERROR if report.unusable and config.data.bad_pictures == "fail" else 0
 
 
