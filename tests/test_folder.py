@@ -11,6 +11,7 @@ from pathlib import Path
 
 import awkward
 import pytest
+import scan_speed
 from PIL import Image
 
 from lora_sd.data import scan
@@ -478,6 +479,17 @@ def test_only_a_few_pictures_are_in_memory_at_a_time(cats, monkeypatch):
 def test_reading_folders_needs_no_torch():
     code = "import sys, lora_sd.data.folder, lora_sd.data.images; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory's peak from /proc")
+def test_ten_thousand_pictures_are_scanned_in_minutes_and_little_memory(tmp_path):
+    first, second = scan_speed.measure(tmp_path / "many", 10_000)
+    assert first["pictures"] == second["pictures"] == 10_000
+    # Of the processor, as others may be at work: five minutes on two cores, all they had.
+    assert first["cpu_seconds"] < 600 and second["cpu_seconds"] < first["cpu_seconds"] / 4
+    assert first["peak_mib"] < 1024 and not first["torch"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such names are a thing of Linux")
