@@ -48,7 +48,7 @@ def _settings_like(line: CommandLine) -> tuple[dict[str, Any], str]:
     assert line.like is not None
     values, name = settings_like(line.like)
     missing = []
-    if "folder" not in line.flags.get("data", {}):
+    if not {"folder", "folders"} & line.flags.get("data", {}).keys():
         missing.append("where its pictures lie: add --data.folder")
     if "model" not in values.get("base", {}) and "model" not in line.flags.get("base", {}):
         missing.append("where its base model lies: add --base.model")

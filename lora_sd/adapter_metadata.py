@@ -23,6 +23,9 @@ from PIL import Image
 from lora_sd import __version__
 from lora_sd.base_model import BaseModel
 from lora_sd.config import Config
+from lora_sd.data.cache import View
+from lora_sd.data.captions import plain_caption
+from lora_sd.data.picture_set import Picture
 from lora_sd.errors import ConfigError
 from lora_sd.formats import versions
 from lora_sd.formats.layer_tables import EMBEDDED
@@ -34,6 +37,14 @@ LOSS_CURVE = "lora_sd.loss_curve"
 CURVE_POINTS = 100
 MOST_TAGS = 500
 THUMBNAIL_PX = 256
+PLACES = (  # settings that say where things lie on a machine
+    ("base", "vae"),
+    ("data", "folder"),
+    ("data", "folders"),
+    ("data", "cache_folder"),
+    ("output", "folder"),
+    ("output", "name"),
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -57,6 +68,15 @@ def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
         "ss_gradient_checkpointing": str(options.gradient_checkpointing),
         "ss_max_grad_norm": str(options.max_grad_norm),
         "ss_caption_dropout_rate": str(config.data.caption_dropout),
+        "ss_caption_tag_dropout_rate": str(config.data.tag_dropout),
+        "ss_shuffle_caption": str(config.data.shuffle_tags),
+        "ss_keep_tokens": str(config.data.keep_tags),
+        "ss_flip_aug": str(config.data.flip),
+        "ss_enable_bucket": str(config.data.max_aspect_ratio > 1),
+        "ss_bucket_no_upscale": str(not config.data.upscale),
+        "ss_max_token_length": str(config.data.max_tokens),
+        "ss_clip_skip": str(config.base.clip_skip),
+        "ss_zero_terminal_snr": str(base.zero_terminal_snr),
         "ss_network_dropout": str(adapter.dropout or None),
         "ss_resolution": f"({side}, {side})",
         "ss_seed": str(options.seed),
@@ -74,19 +94,42 @@ def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
     return metadata
 
 
-def describe_data(captions: Sequence[str], side_px: int) -> dict[str, str]:
-    """How many pictures, of what size, and how often each tag stands in their captions.
+def describe_data(views: Sequence[View]) -> dict[str, str]:
+    """How many pictures, of what sizes, and how often each tag stands in their captions.
 
-    Tags are what commas part, as kohya counts them; the folder goes by 'pictures'.
+    Tags are what commas part, as kohya counts them; the folders go by what they are for.
     """
-    tags = Counter(tag for text in captions for part in text.split(",") if (tag := part.strip()))
-    count = len(captions)
+    kinds: dict[str, dict[str, Picture]] = {"training": {}, "regularisation": {}}
+    for view in views:
+        kinds[view.picture.options.kind][str(view.picture.file)] = view.picture
+    sizes = Counter(view.crop.size_px for view in views)
+    tags = Counter(
+        tag
+        for picture in kinds["training"].values()
+        for part in plain_caption(picture.caption, picture.options).split(",")
+        if (tag := part.strip())
+    )
     return {
-        "ss_num_train_images": str(count),
+        "ss_num_train_images": str(len(kinds["training"])),
+        "ss_num_reg_images": str(len(kinds["regularisation"])),
         "ss_tag_frequency": json.dumps({"pictures": dict(tags.most_common(MOST_TAGS))}),
-        "ss_dataset_dirs": json.dumps({"pictures": {"n_repeats": 1, "img_count": count}}),
+        "ss_dataset_dirs": json.dumps(
+            {
+                {"training": "pictures"}.get(kind, kind): {
+                    "n_repeats": max(1, round(sum(p.repeats for p in some.values()) / len(some))),
+                    "img_count": len(some),
+                }
+                for kind, some in kinds.items()
+                if some
+            }
+        ),
         "ss_bucket_info": json.dumps(
-            {"buckets": {"0": {"resolution": [side_px, side_px], "count": count}}}
+            {
+                "buckets": {
+                    str(number): {"resolution": list(size), "count": count}
+                    for number, (size, count) in enumerate(sorted(sizes.items()))
+                }
+            }
         ),
     }
 
@@ -144,7 +187,7 @@ def shared_config(config: Config) -> dict[str, Any]:
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
     """Settings without those that say where things lie on a machine."""
     kept = {group: dict(settings) for group, settings in values.items()}
-    for group, name in (("data", "folder"), ("output", "folder"), ("output", "name")):
+    for group, name in PLACES:
         kept.get(group, {}).pop(name, None)
     if _is_private(str(kept.get("base", {}).get("model", ""))):
         kept.get("base", {}).pop("model", None)

@@ -70,6 +70,10 @@ class BaseGroup(Group):
     """Which of the text encoder's last layers is used: 1 the last, 2 the one before, as many
     anime models want it. Not for SDXL, which always uses the one before."""
 
+    def options(self) -> dict[str, Any]:
+        """Which model, as `base_model.load_base_model` takes it."""
+        return {"name": self.model} | self.model_dump(exclude={"model", "dtype"})
+
 
 class PerFolderGroup(Group):
     """How pictures and captions are treated; each of `data.folders` may have its own."""

@@ -26,9 +26,16 @@ def prediction_target(
     return noise
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample (batch), in float32."""
-    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+def squared_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample (batch), in float32.
+
+    Args:
+        mask: (batch, 1, height, width), how much each place counts, 0 to 1. The mean stays over the
+            whole picture, so that a small masked part counts as little as it is large (as in
+            kohya's masked loss).
+    """
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    return (error if mask is None else error * mask).flatten(1).mean(1)
 
 
 def random_timestep(schedule: DDPMScheduler, generator: torch.Generator) -> int:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 
 from filelock import FileLock, Timeout
@@ -115,8 +115,9 @@ class RunRecord:
         yield
         self.state(*before)
 
-    def beat(self) -> None:
-        """A sign of life, at most one a second."""
+    def beat(self, message: str = "") -> None:
+        """A sign of life, at most one a second; `message` says what is being done."""
+        self._status.message = message or self._status.message
         if time.monotonic() - self._written >= HEARTBEAT_S:
             self._write()
 
@@ -133,11 +134,20 @@ class RunRecord:
         )
         self.state("training", "", step)
 
-    def step(self, step: int, loss: float, lr: float, grad_norm: float, images: int) -> None:
+    def step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        images: int,
+        more: Mapping[str, float],
+    ) -> None:
         """One step is done: a line of metrics, the bar, now and then a line in the log.
 
         Args:
             images: pictures in this step.
+            more: what was measured besides at this step, by the name it has in the metrics.
         """
         if not self._is_main or self._bar is None:
             return
@@ -152,6 +162,7 @@ class RunRecord:
                 "grad_norm": grad_norm,
                 "images_per_s": round(images_per_s, 3),
                 "seconds": round(seconds, 3),
+                **more,
             }
         )
         self._status.step = step

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,29 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from lora_sd import adapter_metadata, checkpoint, clients, inject, layer_choice, layer_names, loss
+from lora_sd import (
+    adapter_metadata,
+    checkpoint,
+    clients,
+    inject,
+    layer_choice,
+    layer_names,
+    loss,
+    prediction_type,
+    run_data,
+)
 from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
 from lora_sd.config import Config
-from lora_sd.data.cache import Cache, encode
-from lora_sd.data.folder import read_folder
+from lora_sd.data.training_data import Batch, TrainingData
+from lora_sd.data.views import make_views
 from lora_sd.errors import EXIT_RESUMABLE, ConfigError, Problems, RunError
 from lora_sd.formats import fitting_format, load_adapter, save_adapter
-from lora_sd.generate import (
-    Cancelled,
-    OnStep,
-    PictureSettings,
-    draw_grid,
-    generate,
-    generate_at_scales,
-    save_picture,
-    write_png,
-)
 from lora_sd.layers import LayerOptions, LoRALayer
-from lora_sd.merge import MergedWeights
 from lora_sd.parts import TEXT_ENCODERS, component_of
-from lora_sd.randomness import generator, picture_at, seed_at
+from lora_sd.randomness import seed_at
 from lora_sd.run_folder import RunFolder, create_run
 from lora_sd.run_record import RunRecord, StopRequest
+from lora_sd.samples import draw_samples, draw_scale_grid, sample_settings
 from lora_sd.verify import check_file
 
 log = logging.getLogger("lora_sd")
@@ -72,16 +72,19 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
 
     # --- pictures, base model, layers: what can be wrong is found before a folder is made ---
     problems = Problems()
-    resolution = config.data.resolution_px
     layer_options = LayerOptions(**config.adapter.layer_options())
+    bad, max_tokens = config.data.bad_pictures, config.data.max_tokens
+    pictures = None
     with problems.gathered():
-        folder = read_folder(
-            Path(config.data.folder), resolution, config.data.caption, config.data.trigger_word
+        pictures = run_data.read_pictures(config, stop, undrawn_too=False)
+    with problems.gathered():
+        base = load_base_model(
+            device=device, dtype=pick_dtype(config.base.dtype, device), **config.base.options()
         )
-    with problems.gathered():
-        base = load_base_model(config.base.model, device, pick_dtype(config.base.dtype, device))
         with problems.gathered():
-            base.check_size(resolution)
+            if pictures is not None:
+                views, too_small = make_views(pictures, base.size_step_px, bad)
+                told = prediction_type.check(base, *run_data.probe(base, views, max_tokens))
         adapted = base.components if config.adapter.text_encoder else {"unet": base.unet}
         plans = layer_choice.choose_layers(
             layer_names.layer_shapes(adapted), **config.adapter.layer_choice()
@@ -91,7 +94,6 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         if config.output.format not in ("auto", file_format):
             raise ConfigError(f"'output.format': {' '.join(format_notices)}")
     problems.tell()
-    identity = checkpoint.Identity(config.model_dump(), folder.fingerprint, base.fingerprint())
     layers = inject.attach(base.components, plans, layer_options, options.seed)
     trains_text = any(component_of(name) in TEXT_ENCODERS for name in layers)
     run = resumed or _new_run(config, default_name, accelerator)
@@ -108,6 +110,23 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             num_training_steps=options.steps,
         )
 
+        def beat(*_: int) -> bool:
+            """For long work: a sign of life, and whether to stop."""
+            record.beat()
+            return stop.requested
+
+        # --- class pictures that the base has yet to draw, where a folder wants some ---
+        if run_data.wants_class_pictures(config):
+            with record.during("starting", "drawing class pictures"):
+                if is_main:
+                    told += run_data.draw_class_pictures(base, config, beat)
+                accelerator.wait_for_everyone()
+            pictures = run_data.read_pictures(config, stop)
+            views, too_small = make_views(pictures, base.size_step_px, bad)
+        identity = checkpoint.Identity(
+            config.model_dump(), pictures.fingerprint, base.fingerprint()
+        )
+
         # --- where an interrupted run stood ---
         step = 0
         if resumed is not None:
@@ -117,11 +136,6 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             if step >= options.steps and has_result:
                 log.info("'%s' is complete already.", run.path)
                 return 0
-
-        def beat(*_: int) -> bool:
-            """For long work: a sign of life, and whether to stop."""
-            record.beat()
-            return stop.requested
 
         def save() -> None:
             with record.during("saving", f"saving step {step}"):
@@ -138,72 +152,93 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                     checkpoint.save(run, step, adapter, state, identity, keep)
                 accelerator.wait_for_everyone()
 
+        @torch.no_grad()
+        def validation_loss() -> float:
+            base.eval()
+            found = []
+            with accelerator.autocast():
+                for batch in data.held_out_batches():
+                    errors = _errors(base, noise_schedule, batch.to(device), max_tokens)
+                    found.append(float(errors.mean()))
+            return sum(found) / len(found)
+
         # --- what stays the same while training: latents, text embeddings, the noise schedule ---
         log.info("Run folder: %s", run.path)
         log.info("Adapted layers (preset '%s'):", config.adapter.preset)
         bytes_per_weight = getattr(torch, config.output.dtype).itemsize
         log.info("%s", layer_choice.describe(plans, layer_options, bytes_per_weight))
-        record.state("starting", "encoding the pictures", step)
-        cache, notices = encode(base, folder.examples, beat, as_tokens=trains_text)
-        told = list(format_notices)
+        told += format_notices
         if file_format == "kohya":  # diffusers' is for diffusers alone
             told += clients.ignored_layers(planned, base.family, file_format)
-        for notice in [*told, *folder.notices, *notices]:
-            log.warning("Note: %s", notice)
         noise_schedule = base.noise_schedule()
+        data = TrainingData(
+            base,
+            views,
+            run_data.open_store(config),
+            noise_schedule,
+            seed=options.seed,
+            step_pictures=step_pictures,
+            max_tokens=max_tokens,
+            learns_text=trains_text,
+        )
+        told += pictures.notices
+        record.state("starting", "encoding the pictures", step)
+        with accelerator.main_process_first(), run_data.progress("encoding", is_main) as bar:
+
+            def encoded(done: int, of: int) -> bool:
+                bar.total = of
+                bar.update(done - bar.n)
+                record.beat(f"encoding {done} of {of}")
+                return stop.requested
+
+            told += data.encode(encoded)
+        data.release()
+        for notice in told:
+            log.warning("Note: %s", notice)
+        for line in run_data.describe(pictures, data, too_small, options.steps, step_pictures):
+            log.info("%s", line)
         if options.gradient_checkpointing:
             base.enable_gradient_checkpointing()
-        unet, text_encoder = base.unet, base.text_encoder
+        unet, encoders = base.unet, base.text_encoders
         if world > 1:
             unet = accelerator.prepare_model(unet)
-            text_encoder = accelerator.prepare_model(text_encoder) if trains_text else text_encoder
+            if trains_text:
+                encoders = [accelerator.prepare_model(encoder) for encoder in encoders]
         drops = layer_options.dropout or layer_options.rank_dropout or layer_options.module_dropout
         optimizer = accelerator.prepare_optimizer(optimizer)
-        log.info(
-            "%d pictures, %d steps of %d: each is seen about %s (%s, mixed precision %s).",
-            len(cache),
-            options.steps,
-            step_pictures,
-            _times(options.steps * step_pictures / len(cache)),
-            device,
-            accelerator.mixed_precision,
-        )
-        samples = _sample_settings(config, run.name)
+        samples = sample_settings(config, base, run.name)
         sample_every = config.sample.every_steps if samples else 0
         if sample_every and step == 0:
             with record.during("sampling", "drawing the base's pictures"):
-                _draw_samples(base, run, 0, samples, accelerator, beat)
+                draw_samples(base, run, 0, samples, accelerator, beat)
+            data.release()
+        if data.held_out and step == 0:
+            log.info("Validation loss of the base: %.4f", validation_loss())
 
         # --- the loop ---
         started = time.monotonic()
         record.training_from(step)
         while step < options.steps and not stop.requested:
             base.unet.train()
-            base.text_encoder.train(trains_text)
-            mean_loss = torch.zeros((), device=device)
-            for micro_step in range(options.gradient_accumulation):
-                first_slot = (micro_step * world + rank) * options.batch_size
-                slots = range(first_slot, first_slot + options.batch_size)
-                batch = _batch(cache, noise_schedule, config, step, step_pictures, slots)
-                latents, noise, timesteps, captions = (part.to(device) for part in batch)
-                noisy = loss.add_noise(noise_schedule, latents, noise, timesteps)
-                target = loss.prediction_target(noise_schedule, latents, noise, timesteps)
+            for encoder in base.text_encoders:
+                encoder.train(trains_text)
+            step_loss = torch.zeros((), device=device)
+            batches = data.batches(step, options.batch_size, world, rank)
+            for number, batch in enumerate(batches):
+                batch = batch.to(device)
                 if drops:
-                    torch.manual_seed(seed_at(options.seed, "dropout", step, first_slot))
-                is_last = micro_step == options.gradient_accumulation - 1
+                    torch.manual_seed(seed_at(options.seed, "dropout", step, number, rank))
                 with contextlib.ExitStack() as stack:
-                    if not is_last:
-                        stack.enter_context(accelerator.no_sync(unet))
-                        stack.enter_context(accelerator.no_sync(text_encoder))
+                    if number < len(batches) - 1:
+                        for model in (unet, *encoders):
+                            stack.enter_context(accelerator.no_sync(model))
                     with accelerator.autocast():
-                        if trains_text:
-                            captions = text_encoder(captions)[0]
-                        dtype = base.unet.dtype
-                        predicted = unet(noisy.to(dtype), timesteps, captions.to(dtype)).sample
-                    batch_loss = loss.squared_error(predicted, target).mean()
-                    accelerator.backward(batch_loss / options.gradient_accumulation)
-                mean_loss += batch_loss.detach() / options.gradient_accumulation
-            loss_value = float(accelerator.reduce(mean_loss, "mean"))
+                        errors = _errors(base, noise_schedule, batch, max_tokens, unet, encoders)
+                    batch_loss = (errors * batch.weights).sum()
+                    # Processes' gradients are averaged, and here they are parts of a sum.
+                    accelerator.backward(batch_loss * world)
+                step_loss += batch_loss.detach()
+            loss_value = float(accelerator.reduce(step_loss, "sum"))
             grad_norm = float(accelerator.clip_grad_norm_(parameters, options.max_grad_norm))
             gradient_is_bad = accelerator.scaler is None and not math.isfinite(grad_norm)
             if not math.isfinite(loss_value) or gradient_is_bad:
@@ -217,14 +252,20 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             lr_schedule.step()
             optimizer.zero_grad()
             step += 1
-            record.step(step, loss_value, lr, grad_norm, step_pictures)
+            more = {}
+            if data.held_out and (
+                step % options.validate_every_steps == 0 or step == options.steps
+            ):
+                more["validation_loss"] = validation_loss()
+            record.step(step, loss_value, lr, grad_norm, step_pictures, more)
 
             # --- now and then: a checkpoint, sample pictures ---
             if step % config.output.save_every_steps == 0 or step == options.steps:
                 save()
             if sample_every and (step % sample_every == 0 or step == options.steps):
                 with record.during("sampling", f"drawing samples of step {step}"):
-                    _draw_samples(base, run, step, samples, accelerator, beat)
+                    draw_samples(base, run, step, samples, accelerator, beat)
+                data.release()
 
         # --- stopped on request: everything is saved ---
         if step < options.steps:
@@ -238,16 +279,37 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         verified = ""
         if is_main:
             record.state("saving", "writing the adapter", step)
-            seen = [example.caption for example in folder.examples]
-            verified = _save_result(config, base, run, step, seen, file_format, told)
+            verified = _save_result(config, base, run, step, data, file_format, told)
             if samples and config.sample.scales:
                 record.state("sampling", "drawing the grid of scales")
                 inject.detach(base.components)
-                _draw_grid(base, run, config.sample.scales, samples, beat)
+                draw_scale_grid(base, run, config.sample.scales, samples, beat)
         accelerator.wait_for_everyone()
         log.info("Finished after %.0f s.", time.monotonic() - started)
         record.state("finished", verified, step)
         return 0
+
+
+def _errors(
+    base: BaseModel,
+    schedule: DDPMScheduler,
+    batch: Batch,
+    max_tokens: int,
+    unet: torch.nn.Module | None = None,
+    encoders: Sequence[torch.nn.Module] | None = None,
+) -> Tensor:
+    """The squared error of each picture of a batch (n), where its mask counts.
+
+    Args:
+        unet, encoders: stand in for the base's own.
+    """
+    text = batch.text
+    if text is None:  # not encoded beforehand
+        text = base.encode_tokens(base.tokens(batch.captions, max_tokens), encoders)
+    noisy = loss.add_noise(schedule, batch.latents, batch.noise, batch.timesteps)
+    target = loss.prediction_target(schedule, batch.latents, batch.noise, batch.timesteps)
+    predicted = base.predict(noisy, batch.timesteps, text, batch.time_ids, unet)
+    return loss.squared_error(predicted, target, batch.mask)
 
 
 def _parameter_groups(layers: dict[str, LoRALayer], config: Config) -> list[dict[str, Any]]:
@@ -325,106 +387,12 @@ def _restore(
     return step
 
 
-def _batch(
-    cache: Cache,
-    noise_schedule: DDPMScheduler,
-    config: Config,
-    step: int,
-    step_pictures: int,
-    slots: range,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(latents, noise, timesteps, captions) of one pass, on the CPU.
-
-    What a slot of a step holds depends on the seed, the step and the slot's number alone: neither
-    the number of processes nor accumulation changes what is seen.
-    """
-    seed, shape = config.train.seed, cache.mean.shape[1:]
-    latents, noises, timesteps, captions = [], [], [], []
-    for slot in slots:
-        index = picture_at(step * step_pictures + slot, len(cache), seed)
-        draw = generator(seed, "picture", step, slot)
-        latents.append(cache.latents(index, torch.randn(shape, generator=draw)))
-        noises.append(torch.randn(shape, generator=draw))
-        timesteps.append(loss.random_timestep(noise_schedule, draw))
-        dropped = float(torch.rand((), generator=draw)) < config.train.caption_dropout
-        captions.append(cache.empty if dropped else cache.captions[index])
-    return torch.stack(latents), torch.stack(noises), torch.tensor(timesteps), torch.stack(captions)
-
-
-def _times(number: float) -> str:
-    return "once" if round(number) == 1 else f"{number:.0f} times"
-
-
-def _sample_settings(config: Config, adapter_name: str) -> list[PictureSettings]:
-    sample = config.sample
-    return [
-        PictureSettings(
-            prompt=prompt,
-            negative_prompt=sample.negative_prompt,
-            seed=sample.seed + number,
-            steps=sample.steps,
-            guidance=sample.guidance,
-            width_px=config.data.resolution_px,
-            height_px=config.data.resolution_px,
-            adapter=adapter_name,
-        )
-        for number, prompt in enumerate(sample.prompts)
-    ]
-
-
-def _draw_samples(
-    base: BaseModel,
-    run: RunFolder,
-    step: int,
-    settings: list[PictureSettings],
-    accelerator: Accelerator,
-    on_step: OnStep,
-) -> None:
-    """Draw the sample pictures; a failure is logged, and training goes on."""
-    if accelerator.is_main_process:
-        base.eval()
-        with _pictures_may_fail(f"The samples of step {step}"), accelerator.autocast():
-            pictures = generate(base, settings, on_step)
-            for index, (picture, one) in enumerate(zip(pictures, settings, strict=True)):
-                save_picture(picture, run.sample_file(step, index), one)
-    accelerator.wait_for_everyone()
-
-
-def _draw_grid(
-    base: BaseModel,
-    run: RunFolder,
-    scales: Sequence[float],
-    settings: list[PictureSettings],
-    on_step: OnStep,
-) -> None:
-    """Draw every prompt at every scale from the adapter's file, as a user of it would."""
-    base.eval()
-    with _pictures_may_fail("The grid"):
-        adapter = load_adapter(run.adapter_file, layer_names.layer_shapes(base.components))
-        merged = MergedWeights(base.components)
-        rows = generate_at_scales(base, merged, adapter, scales, settings, on_step)
-        labels = [f"scale {scale:g}" for scale in scales]
-        write_png(draw_grid(rows, [one.prompt for one in settings], labels), run.grid_file)
-        log.info("Grid: %s", run.grid_file)
-
-
-@contextlib.contextmanager
-def _pictures_may_fail(what: str) -> Iterator[None]:
-    """Pictures are not worth a run: their failure is logged, and the run goes on."""
-    try:
-        yield
-    except Cancelled:
-        log.info("%s: not drawn, since the run is to stop.", what)
-    except Exception:
-        log.warning("%s could not be drawn.", what, exc_info=True)
-
-
 def _save_result(
     config: Config,
     base: BaseModel,
     run: RunFolder,
     step: int,
-    captions: Sequence[str],
+    data: TrainingData,
     file_format: str,
     told: Sequence[str],
 ) -> str:
@@ -436,7 +404,7 @@ def _save_result(
     adapter = inject.collect(base.components)
     adapter.metadata = {
         **adapter_metadata.describe_run(config, base, run.name),
-        **adapter_metadata.describe_data(captions, config.data.resolution_px),
+        **adapter_metadata.describe_data(data.shown),
         **adapter_metadata.describe_result(run, run.sample_file(step, 0)),
     }
     dtype = getattr(torch, config.output.dtype)

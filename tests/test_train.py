@@ -15,9 +15,11 @@ import yaml
 from conftest import PROJECT
 
 import train_sd_lora
+from lora_sd import samples
 from lora_sd import train as trainer
 from lora_sd.adapter import Adapter
 from lora_sd.config import config_from_values
+from lora_sd.data.training_data import TrainingData
 from lora_sd.errors import EXIT_RESUMABLE, RunError, UserError
 from lora_sd.formats import load_adapter
 from lora_sd.layer_names import layer_shapes
@@ -118,15 +120,17 @@ def tensors(run: RunFolder, step: int) -> dict[str, list[float]]:
 @pytest.mark.parametrize("doing", ["encode", "generate"])
 def test_stopping_while_encoding_or_sampling_is_resumable(run_settings, monkeypatch, doing):
     run_settings["sample"] = {"prompts": ["a red wall"], "steps": 3}
+    run_settings["data"]["cache"] = "memory"
     straight = train(run_settings)
     run_settings["output"]["name"] = "stopped"
-    original = getattr(trainer, doing)
+    place = TrainingData if doing == "encode" else samples
+    original = getattr(place, doing)
 
     def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(trainer, doing, interrupted)
+    monkeypatch.setattr(place, doing, interrupted)
     assert trainer.train(config_from_values(run_settings), "run") == EXIT_RESUMABLE
     run = RunFolder(straight.path.with_name("stopped"))
     assert run.sample_files() == [] and run.read_status().state == "stopped"
@@ -141,8 +145,8 @@ def test_samples_that_cannot_be_drawn_do_not_end_the_run(run_settings, monkeypat
         raise RuntimeError("out of memory")
 
     run_settings["sample"] = {"prompts": ["a red wall"], "steps": 3, "every_steps": 2}
-    monkeypatch.setattr(trainer, "generate", fail)
-    monkeypatch.setattr(trainer, "generate_at_scales", fail)
+    monkeypatch.setattr(samples, "generate", fail)
+    monkeypatch.setattr(samples, "generate_at_scales", fail)
     run = train(run_settings)
     assert run.read_status().state == "finished" and run.adapter_file.is_file()
     assert "could not be drawn" in run.log_file.read_text()
@@ -256,7 +260,7 @@ def test_a_taken_name_is_refused_before_anything_is_written(run_settings):
 
 def test_a_loss_that_is_not_finite_stops_the_run(run_settings, monkeypatch):
     monkeypatch.setattr(
-        trainer.loss, "squared_error", lambda prediction, target: prediction.mean() * torch.nan
+        trainer.loss, "squared_error", lambda prediction, *_: prediction.mean() * torch.nan
     )
     with pytest.raises(RunError, match="loss became nan.* at step 1"):
         train(run_settings)

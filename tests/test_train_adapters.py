@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_train import losses, resume, stop_at, tensors, train
 
 import train_sd_lora
+from lora_sd import samples
 from lora_sd import train as trainer
 from lora_sd.config import config_from_values
 from lora_sd.errors import EXIT_RESUMABLE, ConfigError, UserError
@@ -139,13 +140,13 @@ def test_a_bfloat16_base_with_checkpointing_and_dora_learns(run_settings):
 
 def test_sample_pictures_are_drawn_without_dropout(run_settings, monkeypatch):
     training = []
-    original = trainer.generate
+    original = samples.generate
 
     def watched(base, *arguments):
         training.extend(part.training for part in base.components.values())
         return original(base, *arguments)
 
-    monkeypatch.setattr(trainer, "generate", watched)
+    monkeypatch.setattr(samples, "generate", watched)
     run_settings["adapter"] |= {"text_encoder": True, "dropout": 0.5}
     run_settings["sample"] = {"prompts": ["a red wall"], "steps": 2, "every_steps": 3}
     train(run_settings)

@@ -1,0 +1,249 @@
+"""What a step of training sees: batches of encoded pictures with their noise, texts and weights.
+
+What is drawn at random for a showing of a picture depends on the seed, on which picture it is and
+on how often it was shown before, alone: neither batches, accumulation, processes nor where an
+interrupted run goes on change what is seen.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from lora_sd import loss
+from lora_sd.base_model import BaseModel, TextEmbedding
+from lora_sd.data.augment import drawn_crop, variant_count
+from lora_sd.data.buckets import time_ids
+from lora_sd.data.cache import Store, View, encode_captions, encode_views, latent_key, text_key
+from lora_sd.data.captions import draw_caption, plain_caption, varies
+from lora_sd.data.order import Order, Seen
+from lora_sd.errors import DataError
+from lora_sd.randomness import generator, seed_at
+
+VALIDATION_TIMES = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one size (n of them), on the CPU.
+
+    Attributes:
+        latents, noise: (n, channels, height, width).
+        timesteps: (n).
+        captions: the texts.
+        text: their embeddings; None where the text encoder learns or texts are drawn each time.
+        time_ids: (n, 6), SDXL's original size, crop and target size.
+        mask: (n, 1, height, width) weights of the loss, or None where all count.
+        weights: (n) what each picture's loss counts; over all batches of a step and all processes
+            they add up to 1 where every folder's loss weight is 1.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    captions: list[str]
+    text: TextEmbedding | None
+    time_ids: Tensor
+    mask: Tensor | None
+    weights: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same with its tensors on a device."""
+        moved = {
+            name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")
+        }
+        return replace(self, **moved)
+
+
+class TrainingData:
+    """The views of a run, to be encoded by `cache` and then read step by step.
+
+    Args:
+        views: every picture at every resolution.
+        seed: the run's.
+        step_pictures: pictures in a step, of all processes and passes together.
+        learns_text: whether the text encoder is trained, so that texts are not encoded once.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        views: Sequence[View],
+        store: Store,
+        schedule: DDPMScheduler,
+        *,
+        seed: int,
+        step_pictures: int,
+        max_tokens: int = 75,
+        learns_text: bool = False,
+    ) -> None:
+        self._base, self._store, self._schedule = base, store, schedule
+        self._seed, self._max_tokens, self._learns_text = seed, max_tokens, learns_text
+        self.shown = [view for view in views if view.picture.options.kind != "validation"]
+        self.held_out = [view for view in views if view.picture.options.kind == "validation"]
+        self.texts_vary = learns_text or any(
+            varies(view.picture.caption, view.picture.options) for view in self.shown
+        )
+        self.order = Order(
+            [view.crop.size_px for view in self.shown],
+            [view.picture.repeats for view in self.shown],
+            [view.picture.options.kind == "regularisation" for view in self.shown],
+            step_pictures,
+            seed,
+        )
+        self._step_pictures = step_pictures
+
+    def texts(self) -> list[str]:
+        """Every text that can be encoded before training, the empty one among them."""
+        if self._learns_text:
+            return [""]
+        views = self.held_out if self.texts_vary else [*self.shown, *self.held_out]
+        plain = [plain_caption(view.picture.caption, view.picture.options) for view in views]
+        return list(dict.fromkeys([*plain, ""]))
+
+    def encode(self, on_done: Callable[[int, int], bool]) -> list[str]:
+        """Encode what the store lacks; sentences on what is cut off, or was damaged.
+
+        Args:
+            on_done: called with (done, of); encoding stops there when it returns True.
+
+        Raises:
+            DataError: the VAE gives no finite numbers for some pictures, which are named.
+        """
+        said = []
+        damaged = self._store.damaged
+        encode_views(self._base, [*self.shown, *self.held_out], self._store, on_done=on_done)
+        texts = self.texts()
+        encode_captions(self._base, texts, self._store, self._max_tokens, on_done=on_done)
+        if count := self._store.damaged - damaged:
+            said.append(f"{count} entries of the cache were damaged and have been made again.")
+        counts = zip(texts, self._base.token_counts(texts), strict=True)
+        cut = [text for text, tokens in counts if tokens > self._max_tokens]
+        if cut:
+            said.append(
+                f"{len(cut)} captions are longer than {self._max_tokens} tokens and lose their "
+                f"end, such as '{cut[0][:60]}...': see data.max_tokens."
+            )
+        return said
+
+    def release(self) -> None:
+        """Let the VAE, and the text encoders where all texts are encoded, leave memory."""
+        encoders = [name for name in self._base.components if name != "unet"]
+        self._base.release("vae", *([] if self.texts_vary else encoders))
+
+    def batches(self, step: int, batch_size: int, world: int = 1, rank: int = 0) -> list[Batch]:
+        """What one process works through in a step; all processes have as many batches.
+
+        Args:
+            batch_size: most pictures of a batch.
+            world, rank: how many processes there are, and which this is.
+        """
+        by_size: dict[tuple[int, int], list[Seen]] = {}
+        for seen in self.order.step(step):
+            by_size.setdefault(self.shown[seen.item].crop.size_px, []).append(seen)
+        batches = []
+        for alike in by_size.values():
+            for start in range(0, len(alike), batch_size * world):
+                together = alike[start : start + batch_size * world]
+                # A process without a picture of its own works through another's, for nothing.
+                own = together[rank::world]
+                batches.append(self._batch(own or together[:1], is_filler=not own))
+        return batches
+
+    def _batch(self, seen: Sequence[Seen], is_filler: bool) -> Batch:
+        return self._stack([self._show(one) for one in seen], 0.0 if is_filler else 1.0)
+
+    def _show(self, seen: Seen) -> "_Shown":
+        """One showing of a picture, and all that is drawn for it."""
+        view = self.shown[seen.item]
+        options = view.picture.options
+        draw = generator(self._seed, "picture", seen.item, seen.count)
+        timestep = loss.random_timestep(self._schedule, draw)
+        dropped = float(torch.rand((), generator=draw)) < options.caption_dropout
+        text = ""
+        if not dropped:
+            words = random.Random(seed_at(self._seed, "caption", seen.item, seen.count))
+            text = draw_caption(view.picture.caption, options, words)
+        variant = seen.count % variant_count(options)
+        return self._shown(view, variant, timestep, text, draw)
+
+    def _shown(
+        self, view: View, variant: int, timestep: int, text: str, draw: torch.Generator
+    ) -> "_Shown":
+        entry = self._read(latent_key(view, variant, self._base), view.picture.name)
+        shape = entry["mean"].shape
+        latents = entry["mean"] + entry["deviation"] * torch.randn(shape, generator=draw)
+        noise = torch.randn(shape, generator=draw)
+        options, mask = view.picture.options, entry.get("mask")
+        if mask is not None:
+            mask = mask + (1 - mask) * options.unmasked_weight
+        ids = time_ids(view.picture.size_px, drawn_crop(view.picture, view.crop, variant))
+        return _Shown(latents, noise, timestep, text, ids, mask, options.loss_weight)
+
+    def _stack(self, shown: Sequence["_Shown"], share: float) -> Batch:
+        texts = [one.text for one in shown]
+        masks = None
+        if any(one.mask is not None for one in shown):
+            all_ones = torch.ones(1, *shown[0].latents.shape[1:])
+            masks = torch.stack([all_ones if one.mask is None else one.mask for one in shown])
+        return Batch(
+            torch.stack([one.latents for one in shown]),
+            torch.stack([one.noise for one in shown]),
+            torch.tensor([one.timestep for one in shown]),
+            texts,
+            None if self.texts_vary else self.embeddings(texts),
+            torch.tensor([one.time_ids for one in shown]),
+            masks,
+            torch.tensor([one.weight for one in shown]) * (share / self._step_pictures),
+        )
+
+    def embeddings(self, texts: Sequence[str]) -> TextEmbedding:
+        """The encoded texts of `texts()`."""
+        entries = [
+            self._read(text_key(text, self._base, self._max_tokens), f"the caption '{text[:40]}'")
+            for text in texts
+        ]
+        pooled = [entry["pooled"] for entry in entries if "pooled" in entry]
+        return TextEmbedding(
+            torch.stack([entry["hidden"] for entry in entries]),
+            torch.stack(pooled) if pooled else None,
+        )
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """The validation pictures, one at a time, each at fixed timesteps with fixed noise."""
+        times = self._schedule.config.num_train_timesteps
+        for number, view in enumerate(self.held_out):
+            text = plain_caption(view.picture.caption, view.picture.options)
+            shown = []
+            for k in range(VALIDATION_TIMES):
+                draw = generator(self._seed, "validation", number, k)
+                timestep = (2 * k + 1) * times // (2 * VALIDATION_TIMES)
+                shown.append(self._shown(view, 0, timestep, text, draw))
+            batch = self._stack(shown, 1.0)
+            if not self._learns_text:
+                batch = replace(batch, text=self.embeddings(batch.captions))
+            yield batch
+
+    def _read(self, key: str, what: str) -> dict[str, Tensor]:
+        entry = self._store.get(key)
+        if entry is None:
+            raise DataError(
+                f"The cache has lost {what} since the start. Go on with --resume: it is made again."
+            )
+        return entry
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """One picture as it is shown once."""
+
+    latents: Tensor
+    noise: Tensor
+    timestep: int
+    text: str
+    time_ids: tuple[int, ...]
+    mask: Tensor | None
+    weight: float

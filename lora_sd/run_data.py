@@ -1,0 +1,137 @@
+"""What a run trains on: its pictures read, class pictures drawn, the store that keeps what is
+encoded, and what the log says of it all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_sd.base_model import BaseModel, TextEmbedding
+from lora_sd.config import Config
+from lora_sd.data.augment import Variant, apply
+from lora_sd.data.buckets import time_ids
+from lora_sd.data.cache import DiskStore, MemoryStore, Store, View, to_pixels
+from lora_sd.data.captions import plain_caption
+from lora_sd.data.class_pictures import draw_missing
+from lora_sd.data.folder import read_folders
+from lora_sd.data.folder_options import FolderOptions
+from lora_sd.data.picture_set import PictureSet, load_picture
+from lora_sd.data.training_data import TrainingData
+from lora_sd.data.views import describe_buckets
+from lora_sd.generate import OnStep
+from lora_sd.run_record import StopRequest
+
+PROBED = 4
+INDEX = "pictures.json"
+
+
+def read_pictures(config: Config, stop: StopRequest, undrawn_too: bool = True) -> PictureSet:
+    """Read the folders of the settings.
+
+    Args:
+        stop: a request ends the program, as nothing is there to be saved yet.
+        undrawn_too: whether the folders are read that the base has to draw class pictures into.
+
+    Raises:
+        DataError: pictures or captions cannot be used; all at once.
+    """
+    folders = [one for one in folder_options(config) if undrawn_too or not one.class_pictures]
+    with tqdm(desc="reading pictures", unit="picture", leave=False, delay=2.0) as bar:
+
+        def count(done: int, of: int) -> bool:
+            bar.total = of
+            bar.update(done - bar.n)
+            if stop.requested:
+                raise KeyboardInterrupt
+            return False
+
+        index = cache_folder(config) / INDEX
+        return read_folders(folders, config.data.bad_pictures, on_picture=count, index=index)
+
+
+def folder_options(config: Config) -> list[FolderOptions]:
+    """The folders of the settings, each with its own."""
+    return [FolderOptions(**one) for one in config.data.folder_options()]
+
+
+def wants_class_pictures(config: Config) -> bool:
+    """Whether the base is to draw class pictures into some folder."""
+    return any(one.class_pictures for one in folder_options(config))
+
+
+def draw_class_pictures(base: BaseModel, config: Config, on_step: OnStep) -> list[str]:
+    """Have the base draw the class pictures that are not there yet; sentences on what was drawn."""
+    said = []
+    for options in folder_options(config):
+        if options.class_pictures:
+            drawn = draw_missing(
+                base,
+                options,
+                config.sample.steps,
+                config.sample.guidance,
+                config.train.seed,
+                on_step,
+                cache_folder(config) / INDEX,
+            )
+            if drawn:
+                said.append(f"{drawn} class pictures were drawn into '{options.folder}'.")
+    return said
+
+
+def cache_folder(config: Config) -> Path:
+    """Where encoded pictures and captions are kept on disk."""
+    return Path(config.data.cache_folder or Path(config.output.folder) / "cache")
+
+
+def open_store(config: Config) -> Store:
+    """Where encoded pictures and captions go."""
+    return MemoryStore() if config.data.cache == "memory" else DiskStore(cache_folder(config))
+
+
+@torch.no_grad()
+def probe(
+    base: BaseModel, views: Sequence[View], max_tokens: int
+) -> tuple[Tensor, TextEmbedding, Tensor]:
+    """(latents, texts, time ids) of a few training pictures of one size, to try the base on."""
+    shown = [view for view in views if view.picture.options.kind == "training"]
+    alike = [view for view in shown if view.crop.size_px == shown[0].crop.size_px][:PROBED]
+    latents = []
+    for view in alike:
+        picture, mask = load_picture(view.picture)
+        drawn, _ = apply(Variant(view.crop), picture, mask)
+        latents.append(base.encode_picture(to_pixels(drawn)[None])[0])
+    texts = [plain_caption(view.picture.caption, view.picture.options) for view in alike]
+    ids = [time_ids(view.picture.size_px, view.crop) for view in alike]
+    return torch.cat(latents), base.encode_text(texts, max_tokens), torch.tensor(ids)
+
+
+def describe(
+    found: PictureSet,
+    data: TrainingData,
+    too_small: Sequence[tuple[str, str]],
+    steps: int,
+    step_pictures: int,
+) -> list[str]:
+    """Lines for the log: what is used, repeated and left out, and how often each is seen."""
+    left_out = [(str(file), reason) for file, reason in found.left_out] + list(too_small)
+    lines = [f"Left out: '{file}' {reason}." for file, reason in left_out]
+    kinds: dict[str, set[Path]] = {}
+    for view in [*data.shown, *data.held_out]:
+        kinds.setdefault(view.picture.options.kind, set()).add(view.picture.file)
+    used = ", ".join(f"{len(files)} for {kind}" for kind, files in kinds.items())
+    epoch = data.order.epoch_size(0)
+    repeated = epoch - len(data.shown)
+    lines.append(
+        f"Pictures: {used}; {len(left_out)} left out. An epoch shows {epoch} "
+        f"({f'{repeated} of them again' if repeated > 0 else 'each once'}), at "
+        f"{describe_buckets(data.shown)}."
+    )
+    lines.append(f"{steps} steps of {step_pictures}: {steps * step_pictures / epoch:.1f} epochs.")
+    return lines
+
+
+def progress(what: str, is_main: bool) -> tqdm:
+    """A bar for long work before the first step."""
+    return tqdm(desc=what, unit="picture", leave=False, delay=2.0, disable=not is_main)
