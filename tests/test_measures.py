@@ -76,6 +76,10 @@ def test_the_same_shape_in_another_colour_is_not_alike() -> None:
     assert not are_alike(*map(measure, hearts))
 
 
+def test_a_picture_stretched_to_another_shape_is_not_alike() -> None:
+    assert not are_alike(measure(scene(1)), measure(scene(1).resize((480, 200))))
+
+
 def test_each_group_is_led_by_its_first_picture() -> None:
     first, other = scene(1), scene(2)
     pictures = [first, other, compressed(first), first, compressed(other)]

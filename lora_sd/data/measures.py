@@ -30,12 +30,14 @@ blurred by a Gaussian of 3 px at 512 px, 26 are found; of 2 px, 20; of 1 px, 3."
 MOST_HASH_BITS = 10
 MOST_UNLIKE = 30
 MOST_LIGHTER = 40
+MOST_LONGER = 1.2
 """Near-duplicates differ in at most so many of 64 bits; nowhere in shape, colour or place by more
-than so many of 255 levels, over what a shift by a 24th of the picture explains; and in brightness
-by at most so many levels. Of 29 photographs' copies, 27 or more are found that are compressed as
-JPEG 30, halved, made lighter or darker by a fifth, or blurred; 13 that are cropped by 2 %; few that
-are cropped more, turned or have a text over them. Called alike wrongly: no two of the photographs
-and drawings, and 9 of 86 thousand pairs of icons, which differ in a shade of skin or in an eye."""
+than so many of 255 levels, over what a shift by a 24th of the picture explains; in brightness by at
+most so many levels; and in width / height by less than this factor. Of 29 photographs' copies, 27
+or more are found that are compressed as JPEG 30, halved, made lighter or darker by a fifth, or
+blurred; 13 that are cropped by 2 %; few that are cropped more, turned or have a text over them.
+Called alike wrongly: no two of the photographs and drawings, and 9 of 86 thousand pairs of icons,
+which differ in a shade of skin or in an eye."""
 
 BORDER_LEVELS = 10
 EDGE_LEVELS = 24
@@ -59,6 +61,7 @@ class Measures:
     """Of one upright RGB picture.
 
     Attributes:
+        shape: width / height.
         hash: 64 bits that pictures which look alike have nearly in common.
         small: (24, 24, 3), its colours.
         sharpness: None where nothing can be told: too small, or one colour.
@@ -66,6 +69,7 @@ class Measures:
         thumbnail: a JPEG of at most 224 px.
     """
 
+    shape: float
     hash: int
     small: NDArray[np.uint8]
     sharpness: float | None
@@ -80,6 +84,7 @@ def measure(picture: Image.Image) -> Measures:
     standard.thumbnail((STANDARD_PX, STANDARD_PX), Image.Resampling.BOX)
     grey = np.asarray(standard.convert("L"), np.float32)
     return Measures(
+        shape=picture.width / picture.height,
         hash=perceptual_hash(standard),
         small=np.asarray(standard.resize((_SMALL, _SMALL), Image.Resampling.BOX)),
         sharpness=sharpness(grey),
@@ -145,6 +150,8 @@ def sharpness(grey: Grey) -> float | None:
 def are_alike(one: Measures, other: Measures) -> bool:
     """Whether two pictures may be near-duplicates."""
     if (one.hash ^ other.hash).bit_count() > MOST_HASH_BITS:
+        return False
+    if not 1 / MOST_LONGER < one.shape / other.shape < MOST_LONGER:
         return False
     a, b = (each.small.astype(np.float32) for each in (one, other))
     if abs(a.mean() - b.mean()) > MOST_LIGHTER:

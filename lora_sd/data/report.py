@@ -18,7 +18,7 @@ from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.measures import BLURRED, Measures, like_earlier, measure
 from lora_sd.errors import ConfigError
 
-SUMMARY = "Pictures: "  # a notice that the report tells itself, and better
+SUMMARY = "Pictures used: "  # a notice that the report tells itself, and better
 UNWANTED = "lies in a folder whose name asks for no repeats"  # as `read_folders` says
 FORMAT = "lora_sd data report 1"
 SMALL = 0.8

@@ -161,9 +161,11 @@ def _frame(view: View, size_px: tuple[int, int]) -> str:
     left, top, right, bottom = view.crop.box
     width, height = size_px
     outside = f"M0 0H{width}V{height}H0ZM{left:g} {top:g}V{bottom:g}H{right:g}V{top:g}Z"
+    # Attributes instead of rules: rules do not reach where a drawing is used again.
     return (
-        f'<path class="outside" d="{outside}"/><rect class="crop" x="{left:g}" y="{top:g}" '
-        f'width="{right - left:g}" height="{bottom - top:g}"/>'
+        f'<path d="{outside}" fill="#141210" fill-opacity="0.55" fill-rule="evenodd"/>'
+        f'<rect x="{left:g}" y="{top:g}" width="{right - left:g}" height="{bottom - top:g}" '
+        f'fill="none" stroke="#e4492e" stroke-width="2.5" vector-effect="non-scaling-stroke"/>'
     )
 
 
