@@ -152,13 +152,8 @@ def png(depth: int, kind: int, row: bytes, extra: bytes = b"") -> bytes:
 def formats(made: Builder) -> None:
     made.add("plain.png", halves(), colours=AS_DRAWN)
     made.add("plain-photo.jpg", halves(), save={"quality": 95}, colours=AS_DRAWN, tolerance=3)
-    made.add(
-        "progressive.jpeg",
-        halves(),
-        save={"progressive": True, "quality": 95},
-        colours=AS_DRAWN,
-        tolerance=3,
-    )
+    made.add("progressive.jpeg", halves(), save={"progressive": True, "quality": 95},
+            colours=AS_DRAWN, tolerance=3)  # fmt: skip
     made.add("plain-web.webp", halves(), save={"lossless": True}, colours=AS_DRAWN)
     made.add("plain-old.bmp", halves(), colours=AS_DRAWN)
     made.add("a-jpeg.png", encoded(halves(), "JPEG", quality=95), colours=AS_DRAWN, tolerance=3)
@@ -178,69 +173,40 @@ def modes(made: Builder) -> None:
     grey = Image.new("L", SIZE, 100)
     made.add("grey.png", grey, colours={LEFT: (100, 100, 100)})
     made.add("grey.jpg.jpeg", grey, colours={LEFT: (100, 100, 100)})
-    made.add(
-        "one-bit.png",
-        halves(BLACK, WHITE).convert("1"),
-        colours={LEFT: rgb(BLACK), RIGHT: rgb(WHITE)},
-    )
+    made.add("one-bit.png", halves(BLACK, WHITE).convert("1"),
+            colours={LEFT: rgb(BLACK), RIGHT: rgb(WHITE)})  # fmt: skip
     made.add("palette.png", halves().quantize(4), colours=AS_DRAWN)
     pale = halves().quantize(4)
-    made.add(
-        "palette-see-through.png",
-        pale,
-        save={"transparency": pale.getpixel(LEFT)},
-        colours={LEFT: rgb(WHITE), RIGHT: rgb(BLUE)},
-    )
-    made.add(
-        "colour-see-through.png",
-        halves(),
-        save={"transparency": rgb(RED)},
-        colours={LEFT: rgb(WHITE), RIGHT: rgb(BLUE)},
-    )
-    made.add(
-        "grey-alpha.png",
-        Image.merge("LA", [grey, Image.new("L", SIZE, 51)]),
-        colours={LEFT: (224, 224, 224)},
-    )
+    made.add("palette-see-through.png", pale,
+            save={"transparency": pale.getpixel(LEFT)},
+            colours={LEFT: rgb(WHITE), RIGHT: rgb(BLUE)})  # fmt: skip
+    made.add("colour-see-through.png", halves(), save={"transparency": rgb(RED)},
+            colours={LEFT: rgb(WHITE), RIGHT: rgb(BLUE)})  # fmt: skip
+    made.add("grey-alpha.png", Image.merge("LA", [grey, Image.new("L", SIZE, 51)]),
+            colours={LEFT: (224, 224, 224)})  # fmt: skip
     half = halves()
     half.putalpha(halves(BLACK, WHITE).convert("L"))
     made.add("alpha.png", half, colours={LEFT: rgb(WHITE), RIGHT: rgb(BLUE)})
-    made.add(
-        "alpha.web.webp",
-        half,
-        save={"lossless": True},
-        colours={LEFT: rgb(WHITE), RIGHT: rgb(BLUE)},
-    )
-    made.add(
-        "nothing-to-see.png",
-        Image.new("RGBA", SIZE, (200, 0, 0, 0)),
-        colours={LEFT: rgb(WHITE)},
-        notice="wholly transparent",
-    )
+    made.add("alpha.web.webp", half, save={"lossless": True},
+            colours={LEFT: rgb(WHITE), RIGHT: rgb(BLUE)})  # fmt: skip
+    made.add("nothing-to-see.png", Image.new("RGBA", SIZE, (200, 0, 0, 0)),
+            colours={LEFT: rgb(WHITE)}, notice="wholly transparent")  # fmt: skip
     deep = struct.pack(">H", 30000)
     made.add("grey-16-bits.png", png(16, 0, deep * 48), colours={LEFT: (117, 117, 117)})
-    made.add(
-        "grey-16-bits-see-through.png",
-        png(16, 0, deep * 24 + struct.pack(">H", 9000) * 24, deep),
-        colours={LEFT: rgb(WHITE), RIGHT: (35, 35, 35)},
-    )
-    made.add(
-        "grey-2-bits-see-through.png",
-        png(2, 0, b"\x55" * 6 + b"\xaa" * 6, b"\0\1"),
-        colours={LEFT: rgb(WHITE), RIGHT: (170, 170, 170)},
-    )
+    made.add("grey-16-bits-see-through.png",
+            png(16, 0, deep * 24 + struct.pack(">H", 9000) * 24, deep),
+            colours={LEFT: rgb(WHITE), RIGHT: (35, 35, 35)})  # fmt: skip
+    made.add("grey-2-bits-see-through.png",
+            png(2, 0, b"\x55" * 6 + b"\xaa" * 6, b"\0\1"),
+            colours={LEFT: rgb(WHITE), RIGHT: (170, 170, 170)})  # fmt: skip
     colour = struct.pack(">3H", 51400, 15420, 10280)
     made.add("colour-16-bits.png", png(16, 2, colour * 48), colours={LEFT: rgb(RED)})
-    made.add(
-        "colour-16-bits-see-through.png",
-        png(16, 2, colour * 24 + struct.pack(">3H", 257, 257, 257) * 24, colour),
-        colours={LEFT: rgb(WHITE), RIGHT: (1, 1, 1)},
-    )
-    made.add(
-        "alpha-16-bits.png",
-        png(16, 6, (colour + b"\0\0") * 24 + (colour + b"\xff\xff") * 24),
-        colours={LEFT: rgb(WHITE), RIGHT: rgb(RED)},
-    )
+    made.add("colour-16-bits-see-through.png",
+            png(16, 2, colour * 24 + struct.pack(">3H", 257, 257, 257) * 24, colour),
+            colours={LEFT: rgb(WHITE), RIGHT: (1, 1, 1)})  # fmt: skip
+    made.add("alpha-16-bits.png",
+            png(16, 6, (colour + b"\0\0") * 24 + (colour + b"\xff\xff") * 24),
+            colours={LEFT: rgb(WHITE), RIGHT: rgb(RED)})  # fmt: skip
 
 
 def profiles(made: Builder) -> None:
@@ -249,65 +215,34 @@ def profiles(made: Builder) -> None:
         ("display-p3.png", icc.DISPLAY_P3, 2.2),
         ("adobe-rgb.png", icc.ADOBE_RGB, icc.ADOBE_GAMMA),
     ):
-        made.add(
-            name,
-            Image.new("RGB", SIZE, wide),
-            save={"icc_profile": icc.rgb_profile(primaries, gamma)},
-            colours={LEFT: icc.rgb_in_srgb(wide, primaries, gamma)},
-        )
-    made.add(
-        "grey-profile.png",
-        Image.new("L", SIZE, 100),
-        save={"icc_profile": icc.grey_profile(1.8)},
-        colours={LEFT: icc.grey_in_srgb(100, 1.8)},
-    )
+        made.add(name, Image.new("RGB", SIZE, wide),
+                save={"icc_profile": icc.rgb_profile(primaries, gamma)},
+                colours={LEFT: icc.rgb_in_srgb(wide, primaries, gamma)})  # fmt: skip
+    made.add("grey-profile.png", Image.new("L", SIZE, 100),
+            save={"icc_profile": icc.grey_profile(1.8)},
+            colours={LEFT: icc.grey_in_srgb(100, 1.8)})  # fmt: skip
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     made.add("srgb-profile.png", halves(), save={"icc_profile": srgb}, colours=AS_DRAWN)
-    made.add(
-        "broken-profile.png",
-        halves(),
-        save={"icc_profile": srgb[:200]},
-        colours=AS_DRAWN,
-        notice="colour profile that does not fit",
-    )
-    made.add(
-        "printers-profile-on-rgb.png",
-        halves(),
-        save={"icc_profile": icc.cmyk_profile({})},
-        colours=AS_DRAWN,
-        notice="colour profile that does not fit",
-    )
+    made.add("broken-profile.png", halves(), save={"icc_profile": srgb[:200]},
+            colours=AS_DRAWN, notice="colour profile that does not fit")  # fmt: skip
+    made.add("printers-profile-on-rgb.png", halves(),
+            save={"icc_profile": icc.cmyk_profile({})}, colours=AS_DRAWN,
+            notice="colour profile that does not fit")  # fmt: skip
     cyan, paper = (60.0, -40.0, -45.0), (100.0, 0.0, 0.0)
     profile = icc.cmyk_profile({(0, 0, 0, 0): paper, (1, 0, 0, 0): cyan})
     inks = Image.new("CMYK", SIZE, (0, 0, 0, 0))
     inks.paste((255, 0, 0, 0), (0, 0, 24, 32))
-    made.add(
-        "cmyk.jpg",
-        inks,
-        save={"quality": 100},
-        colours={LEFT: (0, 255, 255), RIGHT: rgb(WHITE)},
-        tolerance=3,
-        notice="CMYK without a colour profile",
-    )
-    made.add(
-        "cmyk-profile.jpg",
-        inks,
-        save={"quality": 100, "icc_profile": profile},
-        colours={LEFT: icc.lab_in_srgb(*cyan), RIGHT: rgb(WHITE)},
-        tolerance=3,
-    )
+    made.add("cmyk.jpg", inks, save={"quality": 100},
+            colours={LEFT: (0, 255, 255), RIGHT: rgb(WHITE)}, tolerance=3,
+            notice="CMYK without a colour profile")  # fmt: skip
+    made.add("cmyk-profile.jpg", inks, save={"quality": 100, "icc_profile": profile},
+            colours={LEFT: icc.lab_in_srgb(*cyan), RIGHT: rgb(WHITE)}, tolerance=3)  # fmt: skip
 
 
-TURNS = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
+TURNS = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270}  # fmt: skip
 
 
 def orientations(made: Builder) -> None:
@@ -319,33 +254,19 @@ def orientations(made: Builder) -> None:
         exif = Image.Exif()
         exif[0x0112] = number
         suffix, save = [("png", {}), ("jpg", {"quality": 95}), ("webp", {"lossless": True})][
-            number % 3
-        ]
-        made.add(
-            f"turned-{number}.{suffix}",
-            stored,
-            save={"exif": exif, **save},
-            colours=seen,
-            tolerance=4,
-        )
-    made.add(
-        "broken-exif.jpg",
-        encoded(halves(), "JPEG", quality=95, exif=b"Exif\0\0II*\0garbage"),
-        colours=AS_DRAWN,
-        tolerance=3,
-    )
+                number % 3]  # fmt: skip
+        made.add(f"turned-{number}.{suffix}", stored, save={"exif": exif, **save},
+                colours=seen, tolerance=4)  # fmt: skip
+    made.add("broken-exif.jpg",
+            encoded(halves(), "JPEG", quality=95, exif=b"Exif\0\0II*\0garbage"),
+            colours=AS_DRAWN, tolerance=3)  # fmt: skip
 
 
 def animations(made: Builder) -> None:
     frames = [halves(), halves(BLACK, WHITE)]
     more = {"save_all": True, "append_images": frames[1:]}
-    made.add(
-        "moving.webp",
-        frames[0],
-        save={**more, "lossless": True},
-        colours=AS_DRAWN,
-        notice="animated",
-    )
+    made.add("moving.webp", frames[0], save={**more, "lossless": True},
+            colours=AS_DRAWN, notice="animated")  # fmt: skip
     made.add("moving.apng.png", frames[0], save=more, colours=AS_DRAWN, notice="animated")
     made.add(
         "phone.jpg", encoded(frames[0], "MPO", quality=95, **more), colours=AS_DRAWN, tolerance=3
@@ -359,16 +280,11 @@ def broken(made: Builder) -> None:
         made.add(name, whole[: len(whole) // 2], reason="damaged or cut short")
     made.add("text.png", b"hello", reason="is not a PNG, JPEG, WEBP or BMP picture")
     made.add("empty.png", b"", reason="is an empty file")
-    made.add(
-        "no-pixels.png",
-        b"\x89PNG\r\n\x1a\n" + png(8, 0, b"")[8:16] + bytes(8) + png(8, 0, b"")[24:],
-        reason="is damaged or cut short",
-    )
-    made.add(
-        "bomb.png",
-        encoded(Image.new("1", (9000, 9000)), "PNG"),
-        reason="more than 64 million pixels",
-    )
+    made.add("no-pixels.png",
+            b"\x89PNG\r\n\x1a\n" + png(8, 0, b"")[8:16] + bytes(8) + png(8, 0, b"")[24:],
+            reason="is damaged or cut short")  # fmt: skip
+    made.add("bomb.png", encoded(Image.new("1", (9000, 9000)), "PNG"),
+            reason="more than 64 million pixels")  # fmt: skip
     made.add("huge.png", b"\x89PNG", reason="is larger than 50 MB")
     os.truncate(made.path("huge.png"), 51 * 10**6)
     made.path("folder.png").mkdir()
@@ -391,28 +307,14 @@ def other_kinds(made: Builder) -> None:
 
 
 def names(made: Builder) -> None:
-    awkward = [
-        "with  spaces & a 'quote'.png",
-        "-rf.png",
-        "über.png",
-        "猫😀.png",
-        "$HOME `ls`.png",
-        "%20.png",
-        "a.b.c.png",
-        "Capitals.PNG",
-    ]
+    awkward = ["with  spaces & a 'quote'.png", "-rf.png", "über.png", "猫😀.png",
+            "$HOME `ls`.png", "%20.png", "a.b.c.png", "Capitals.PNG"]  # fmt: skip
     if os.name != "nt":
         awkward += ['double"quote.png', "back\\slash.png", "two\nlines.png", "star*?.png"]
     for name in awkward:
         image = encoded(halves(), "PNG")
-        made.add(
-            name,
-            image,
-            colours=AS_DRAWN,
-            captioned=False,
-            caption="named oddly",
-            source=name[: name.rindex(".")] + ".txt",
-        )
+        made.add(name, image, colours=AS_DRAWN, captioned=False,
+                caption="named oddly", source=name[: name.rindex(".")] + ".txt")  # fmt: skip
         made.caption(name, "named oddly")
     apart = unicodedata.normalize("NFD", "été.png")
     made.add(apart, encoded(halves(), "PNG"), captioned=False, caption="composed", source="été.txt")
@@ -445,35 +347,21 @@ def captions(made: Builder) -> None:
 
 
 def folders(made: Builder) -> None:
-    made.add(
-        "3_sks cat/front.png",
-        halves(),
-        captioned=False,
-        caption="sks cat",
-        source="the folder's name",
-        repeats=3,
-    )
+    made.add("3_sks cat/front.png", halves(), captioned=False, caption="sks cat",
+            source="the folder's name", repeats=3)  # fmt: skip
     made.add("3_sks cat/own.png", halves(), repeats=3)
-    made.add(
-        "3_sks cat/deeper/inside.png",
-        halves(),
-        captioned=False,
-        caption="sks cat",
-        source="the folder's name",
-        repeats=3,
-    )
+    made.add("3_sks cat/deeper/inside.png", halves(), captioned=False,
+            caption="sks cat", source="the folder's name", repeats=3)  # fmt: skip
     made.add("0_later/unused.png", halves(), reason="asks for no repeats")
     made.add("1e9_/not-a-number.png", halves())
     made.add("10_/bare.png", halves(), captioned=False, reason="has no caption")
     made.add("2024_summer/beach.png", halves(), reason="more than 1000 repeats")
     made.add(".hidden/hidden.png", halves(), reason="", captioned=False)
     made.expected.pop()  # told by its folder, and neither used nor left out
-    rows = [
-        {"file_name": "listed.png", "text": "from a list"},
-        {"file_name": "./deeper/listed too.png", "prompt": "from the same list"},
-        {"file_name": "own.png", "caption": "not this"},
-        {"file_name": "gone.png", "text": "of nothing"},
-    ]
+    rows = [{"file_name": "listed.png", "text": "from a list"},
+            {"file_name": "./deeper/listed too.png", "prompt": "from the same list"},
+            {"file_name": "own.png", "caption": "not this"},
+            {"file_name": "gone.png", "text": "of nothing"}]  # fmt: skip
     for name, text in (
         ("listed.png", "from a list"),
         ("deeper/listed too.png", "from the same list"),
@@ -484,15 +372,9 @@ def folders(made: Builder) -> None:
     made.add("set/own.png", halves())
     made.path("set/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made.path("set/deeper/metadata.csv").write_text(
-        'file_name,text\n"in csv.png","a ""table"", too"\n'
-    )
-    made.add(
-        "set/deeper/in csv.png",
-        halves(),
-        captioned=False,
-        caption='a "table", too',
-        source="set/deeper/metadata.csv",
-    )
+            'file_name,text\n"in csv.png","a ""table"", too"\n')  # fmt: skip
+    made.add("set/deeper/in csv.png", halves(), captioned=False,
+            caption='a "table", too', source="set/deeper/metadata.csv")  # fmt: skip
 
 
 def masks(made: Builder) -> None:
