@@ -191,8 +191,8 @@ def texts(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*.txt"))}
 
 
-def run(folder: Path, captioner: Counting | None = None, **options):
-    return caption_folder(folder, captioner or Counting(), lambda text: f"sks, {text}", **options)
+def run(folder: Path, captioner: Counting | None = None, dress="sks, {}".format, **options):
+    return caption_folder(folder, captioner or Counting(), dress, **options)
 
 
 def test_only_pictures_without_a_caption_get_one(folder):
@@ -213,6 +213,9 @@ def test_overwriting_leaves_captions_in_other_files(folder):
     assert texts(folder)["b.txt"] == "sks, 11 wide\n"
     assert not (folder / "c.txt").exists() and not (folder / "e.txt").exists()
     assert done.had_captions == 2
+    (folder / "f.txt").rename(folder / "f.TXT")
+    run(folder, overwrite=True, dress=str.upper)
+    assert (folder / "f.TXT").read_text() == "15 WIDE\n" and not (folder / "f.txt").exists()
 
 
 def test_a_stopped_run_goes_on_with_the_rest(folder):
