@@ -92,11 +92,13 @@ def test_lines_that_cannot_be_used_are_named_by_number_and_the_others_read(tmp_p
         '{"file_name": "e.png", "text": "\\ud800"}',
         '{"file_name": "f.png", "label": 3}',
         '{"file_name": "a.png", "text": "another"}',
+        "[" * 100_000,
+        "1" * 10_000,
     ]
     found = read_metadata(write(tmp_path / "metadata.jsonl", "\n".join(lines)))
     assert found.captions == {"a.png": "good"}
     problems = " ".join(map(str, found.problems))
-    for number in (2, 3, 5, 6, 7, 8):
+    for number in (2, 3, 5, 6, 7, 8, 11, 12):
         assert f"line {number}" in problems
     assert "line 4" not in problems and "line 1:" not in problems
     notices = " ".join(map(str, found.notices))

@@ -151,7 +151,9 @@ def test_a_folder_without_pictures_is_said_in_one_sentence(tmp_path, make, said)
 
 
 def test_a_colour_that_is_none_is_told_once_and_a_colour_is_used(cats):
-    (problem,) = problems(cats, background="whiet")
+    with pytest.raises(DataError) as caught:
+        read_folders([FolderOptions(cats, background="whiet")] * 2)
+    (problem,) = caught.value.problems
     assert "'whiet' is no colour" in problem
     Image.new("RGBA", (8, 8)).save(cats / "0.png")
     found = read(cats, background="#102030")
@@ -383,7 +385,7 @@ def test_what_was_found_is_remembered_by_content(cats, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "damage",
     [
-        b"", b"\xff\xfe", b"[]", b'{"version": 1}', b"{" * 100_000,
+        b"", b"\xff\xfe", b"[]", b'{"version": 1}', b"[" * 100_000,
         json.dumps({"version": scan.INDEX_VERSION, "pictures": [1, 2]}).encode(),
         None,
     ],

@@ -164,7 +164,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also of a number of too many digits
             yield number, f"not JSON: {getattr(error, 'msg', error)}"
             continue
         yield number, row if isinstance(row, dict) else "not a JSON object"

@@ -74,7 +74,7 @@ def read_folders(
         if not listing.pictures and not options.class_pictures:
             fatal.append(_no_pictures(listing))
     if fatal:
-        raise DataError(fatal + sentences(found.problems))
+        raise DataError(list(dict.fromkeys(fatal)) + sentences(found.problems))
     remembered = Index(index)
     try:
         scanned, stopped = _scanned(found.candidates, remembered, inspect, on_picture)

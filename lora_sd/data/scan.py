@@ -59,7 +59,7 @@ class Index:
             held = json.loads(file.read_bytes())
             if held["version"] == INDEX_VERSION:
                 self._known = dict(held["pictures"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             self.notice = f"'{file}' is damaged: every picture is decoded again."
 
     def get(self, key: str, sha256: str) -> Scanned | None:
