@@ -199,7 +199,7 @@ def modes(made: Builder) -> None:
     made.add("grey-2-bits-see-through.png",
             png(2, 0, b"\x55" * 6 + b"\xaa" * 6, b"\0\1"),
             colours={LEFT: rgb(WHITE), RIGHT: (170, 170, 170)})  # fmt: skip
-    colour = struct.pack(">3H", 51400, 15420, 10280)
+    colour = struct.pack(">3H", 0xC811, 0x3C11, 0x2811)
     made.add("colour-16-bits.png", png(16, 2, colour * 48), colours={LEFT: rgb(RED)})
     made.add("colour-16-bits-see-through.png",
             png(16, 2, colour * 24 + struct.pack(">3H", 257, 257, 257) * 24, colour),

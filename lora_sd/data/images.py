@@ -35,7 +35,6 @@ UPRIGHT = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-COLOUR_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # mode -> as ICC profiles call it
 
 WHOLLY_TRANSPARENT = "is wholly transparent: only the background shows"
 
@@ -245,7 +244,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 def _colour_mode(image: Image.Image) -> str:
     """The mode of a picture's colours alone."""
-    if image.mode in COLOUR_SPACES:
+    if image.mode in ("RGB", "L", "CMYK"):
         return image.mode
     return "L" if image.mode in ("1", "LA") or image.mode.startswith("I;16") else "RGB"
 
@@ -257,8 +256,6 @@ def _transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        if profile.profile.xcolor_space != COLOUR_SPACES[mode]:
-            return None
         return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError):
         return None
