@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import warnings
 
 import icc_profiles as icc
@@ -167,6 +168,16 @@ def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(kind):
             assert images.decode(bytes(data)).rgb.mode == "RGB"
         except UnreadableImage as error:
             assert error.reason
+
+
+@pytest.mark.parametrize("raised", [IndexError, struct.error, TypeError, ZeroDivisionError])
+def test_whatever_a_decoder_raises_is_a_damaged_picture(monkeypatch, raised):
+    def fails(*_, **__):
+        raise raised("odd")
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(UnreadableImage, match="damaged or cut short .odd"):
+        images.examine(b"\x89PNG\r\n")
 
 
 @pytest.mark.parametrize(
