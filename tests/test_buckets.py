@@ -83,6 +83,16 @@ def test_the_buckets_of_sd15(size, bucket):
     assert fit(size, 512, 64).size_px == bucket
 
 
+def test_where_the_nearest_bucket_is_a_little_too_wide_the_next_is_taken():
+    assert fit((955, 642), 768, 32).size_px == (896, 640)
+    assert fit((955, 642), 768, 32, upscale=True).size_px == (960, 608)
+
+
+def test_of_two_buckets_of_one_shape_the_larger_is_taken():
+    assert {(704, 352), (720, 360)} <= set(bucket_sizes(512, 8))
+    assert fit((2000, 1000), 512, 8).size_px == (720, 360)
+
+
 def test_what_is_smaller_than_a_step_is_told_with_its_size():
     with pytest.raises(TooSmall, match="has 40 x 900 pixels, and each side needs 64 or more"):
         fit((40, 900), 512, 64)

@@ -129,11 +129,27 @@ def test_neighbours_do_not_take_turns_together():
     assert len(first) == 50 and 10 < len(first & set(range(50))) < 40
 
 
-def test_the_place_in_an_epoch_does_not_tell_the_bucket():
-    """Mixed steps lie anywhere, and every bucket's pictures begin some epoch."""
-    order = Order("aaaab" * 8, [1] * 40, [False] * 40, 4, seed=0)
-    begins = {"aaaab"[order.step(10 * epoch)[0].item % 5] for epoch in range(30)}
-    assert begins == {"a", "b"}
+def test_pictures_meet_others_in_each_epoch():
+    order = Order("a" * 40, [1] * 40, [False] * 40, 4, seed=0)
+    met = {one.item for step in range(200) for one in order.step(step) if holds(order, step, 0)}
+    assert len(met) > 30
+
+
+def holds(order, step, item):
+    return any(one.item == item for one in order.step(step))
+
+
+def test_mixed_steps_lie_anywhere_in_an_epoch():
+    order = Order("aaaaaabbbbbb", [1] * 12, [False] * 12, 4, seed=0)
+    mixed = {step % 3 for step in range(60) if len({one.item < 6 for one in order.step(step)}) == 2}
+    assert mixed == {0, 1, 2}
+
+
+def test_any_bucket_may_begin_an_epoch_that_begins_within_a_step():
+    order = Order("aaaaabbbbb", [1] * 10, [False] * 10, 4, seed=0)
+    begins = [order.step(5 * k + 2)[2] for k in range(30)]
+    assert all(one.epoch % 2 == 1 for one in begins)
+    assert {one.item < 5 for one in begins} == {True, False}
 
 
 def test_one_picture_fills_any_step():

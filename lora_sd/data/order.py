@@ -130,7 +130,6 @@ class Order:
         items = items[np.argsort(bucket, kind="stable")]
         each = np.split(items, np.cumsum(np.bincount(bucket))[:-1])
         pure = np.concatenate([one[: len(one) // size * size] for one in each]).reshape(-1, size)
-        pure = pure[shuffled(len(pure))]
         rest = [one[len(one) // size * size :] for one in each]
         # The ends may want a pure step's showings, too.
         mixed = np.concatenate([*rest, pure[steps:].flatten()])
