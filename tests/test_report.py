@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from lora_sd.base_model import BaseModel
 from lora_sd.data.base_facts import BaseFacts, base_facts
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.report import FORMAT, Report, as_json, make_report
@@ -112,7 +113,7 @@ def test_small_enlarged_cropped_and_blurred_pictures_are_marked(
 def test_what_most_pictures_have_is_told_once(report_of: Callable[..., Report]) -> None:
     report = report_of(tidy(), resolution_px=(512,))
     assert not any(one.marks for one in report.pictures)
-    assert any("a lower data.resolution_px" in said for said in report.advice)
+    assert any("or a lower data.resolution_px" in said for said in report.advice)
 
 
 def test_what_cannot_be_used_is_listed_with_its_reason(
@@ -279,11 +280,19 @@ def test_facts_of_a_base(model: str, step_px: int) -> None:
     assert [text[begin:end] for begin, end in facts.spans(text)] == text.split()
 
 
-def test_facts_of_a_diffusers_folder_are_those_of_its_parts(model_folder: Path) -> None:
-    facts = base_facts(str(model_folder))
-    assert facts.step_px == 4 and len(facts.spans("cat")) == 3  # its tokens are letters
+def test_facts_of_a_base_are_those_of_the_loaded_model(base: BaseModel) -> None:
+    facts = base_facts(base.name)
+    assert facts.step_px == base.size_step_px
+    assert [len(facts.spans("a cat"))] == base.token_counts(["a cat"])
 
 
-def test_a_base_that_is_not_there_may_be_named_by_its_family() -> None:
+def test_a_base_that_is_not_there_is_told_or_guessed_by_its_name(
+    report_of: Callable[..., Report], tmp_path: Path
+) -> None:
     with pytest.raises(BaseModelError, match="name its family: sd15, sd21, sdxl"):
-        base_facts("nobody/nothing")
+        base_facts("models/cat.safetensors")
+    facts = base_facts("nobody/no-xl-model")
+    assert facts.step_px == 32 and "taken for sdxl" in facts.notice
+    report_of(tidy())
+    folder = FolderOptions(tmp_path / "pictures", resolution_px=(128,))
+    assert make_report([folder], facts).notices == (facts.notice,)

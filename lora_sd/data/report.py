@@ -210,7 +210,9 @@ def make_report(
         left_out=tuple(left_out),
         buckets=_buckets(checked),
         captions=facts,
-        notices=tuple(one for one in found.notices if not one.startswith(SUMMARY)),
+        notices=tuple(
+            one for one in [base.notice, *found.notices] if one and not one.startswith(SUMMARY)
+        ),
         advice=tuple(said),
     )
 
@@ -250,9 +252,9 @@ def _views(picture: Picture, step_px: int) -> tuple[View, ...]:
 def _prior_weight(usable: Sequence[tuple[Picture, int]]) -> float:
     """What regularisation pictures' repeats are multiplied with, so that all of them are shown as
     often as the training pictures (as `order` does)."""
-    shown: Counter[str] = Counter()
+    shown = {"training": 0.0, "regularisation": 0.0, "validation": 0.0}
     for picture, views in usable:
-        shown[picture.options.kind] += picture.repeats * views  # type: ignore[assignment]
+        shown[picture.options.kind] += picture.repeats * views
     return shown["training"] / shown["regularisation"] if shown["regularisation"] else 0.0
 
 

@@ -120,7 +120,7 @@ def _on_sizes(pictures: Sequence[CheckedPicture], folders: Sequence[FolderOption
     if small := _marked(pictures, "small"):
         sentence = f"{_of(small, pictures)} {_are(len(small))} smaller than the resolution wants"
         if len(small) > MOST * len(pictures):
-            sentence += ": a lower data.resolution_px would do them justice."
+            sentence += ": larger originals or a lower data.resolution_px would do them justice."
         else:
             sentence += f" and shown smaller, with less detail: {shown_list(small)}."
         said.append(sentence)
