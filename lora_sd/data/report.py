@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_sd.data.base_facts import BaseFacts
 from lora_sd.data.buckets import Crop, TooSmall, fit
@@ -48,19 +48,21 @@ class View:
     smaller: float
 
 
+MarkKind = Literal[
+    "same-file", "near-duplicate", "blurred", "borders", "small", "enlarged", "cropped",
+    "caption-cut",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Mark:
-    """Something to look at: its kind, one of `MARKS`, and a few words."""
+    """Something to look at: its kind, and a few words."""
 
-    kind: str
+    kind: MarkKind
     text: str
 
 
-MARKS = (
-    *("same-file", "near-duplicate", "blurred", "borders"),
-    *("small", "enlarged", "cropped", "caption-cut"),
-)
-OF_SETTINGS = ("small", "enlarged", "cropped", "caption-cut")
+OF_SETTINGS: tuple[MarkKind, ...] = ("small", "enlarged", "cropped", "caption-cut")
 """Marks that say as much of the settings: where most pictures have one, `advice` alone tells it."""
 MOST = 0.5
 
@@ -367,7 +369,7 @@ def as_json(report: Report) -> dict[str, Any]:
                     "caption", "caption_source", "caption_varies", "tokens", "caption_read",
                     "showings", "mask", "like": file or null, "sharpness": number or null,
                     "borders": [left, top, right, bottom],
-                    "marks": [{"kind", "text"}]}, ...]
+                    "marks": [{"kind": as MarkKind, "text"}]}, ...]
     }
     """
     facts = report.captions
