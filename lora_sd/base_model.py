@@ -1,10 +1,9 @@
-"""Load Stable Diffusion into its parts: the embedded base, a diffusers folder, or a hub id."""
+"""A base model in use: loaded, encoding captions and pictures, predicting, and let go."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -22,19 +21,17 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_sd import layer_names
-from lora_sd.base_files import WEIGHTS, BaseFiles, NotHere, open_base, open_folder
-from lora_sd.base_files.components import Part
+from lora_sd.base_files.components import Part, load_parts
+from lora_sd.base_files.hub import find_base
 from lora_sd.base_files.prediction import find_prediction
 from lora_sd.base_files.scheduler import make_scheduler
 from lora_sd.base_files.tokenizers import load_tokenizers
-from lora_sd.base_files.vae import open_vae
 from lora_sd.errors import BaseModelError, Problems, UserError
 from lora_sd.formats import versions
 from lora_sd.formats.layer_tables import family_of
 from lora_sd.text_encoding import CHUNK_TOKENS, TextEmbedding, chunked, hidden_states, token_ids
 
 TEXT_LAYER_OF_SDXL = -2
-SCALING_FACTOR = 0.18215  # of a VAE whose config names none
 
 
 @dataclass
@@ -103,6 +100,13 @@ class BaseModel:
         """'epsilon' or 'v_prediction': what the UNet was trained to predict."""
         return str(self.scheduler.config.prediction_type)
 
+    def set_prediction_type(self, prediction_type: str) -> None:
+        """Take it for 'epsilon' or 'v_prediction' from now on."""
+        self.scheduler = make_scheduler(
+            self.name, self.scheduler.config, prediction_type, self.zero_terminal_snr
+        )
+        self.prediction_type_is_known = True
+
     @property
     def zero_terminal_snr(self) -> bool:
         """Whether its last timestep is pure noise."""
@@ -110,7 +114,11 @@ class BaseModel:
 
     @property
     def resolution_px(self) -> int:
-        """The side of the pictures that the model was made for, in pixels."""
+        """The side of the pictures that the model was made for, in pixels. A single file of SD 2
+        does not say it: its v-prediction models were made for 768, the others for 512."""
+        files = self.sources["unet"].files
+        if files.family == "sd21" and not files.has_configs:
+            return 768 if self.prediction_type == "v_prediction" else 512
         return int(self.unet.config.sample_size * self.vae_factor)
 
     @property
@@ -408,27 +416,15 @@ def load_base_model(
     Raises:
         BaseModelError: not found, damaged, or not a Stable Diffusion text-to-image model.
     """
-    files = _found(name)
+    files = find_base(name)
     problems = Problems()
     with problems.gathered():
         prediction = find_prediction(files, prediction_type, zero_terminal_snr)
         scheduler = make_scheduler(
             name, files.config("scheduler"), prediction.type, prediction.zero_terminal_snr
         )
-    modules: dict[str, Any] = {}
-    sources: dict[str, Part] = {}
-    for component in WEIGHTS:
-        if component == "text_encoder_2" and not files.has_component(component):
-            continue
-        with problems.gathered():
-            config = files.config(component)
-            if not config:
-                raise BaseModelError(_without_config(files, component))
-            part = Part(files, component, dtype)
-            if component == "vae":
-                part, config = _choose_vae(files, config, vae, dtype)
-            modules[component] = part.build(config, device)
-            sources[component] = part
+    with problems.gathered():
+        sources, modules = load_parts(files, device, dtype, vae)
     with problems.gathered():
         tokenizers = load_tokenizers(files)
     try:
@@ -444,60 +440,3 @@ def load_base_model(
         **modules,
         **tokenizers,
     )
-
-
-def _found(name: str) -> BaseFiles:
-    """The files of a base model; one of the hub is fetched where it is not on this machine."""
-    try:
-        return open_base(name)
-    except NotHere:
-        from lora_sd.base_files.hub import fetch  # wanted here alone
-
-        return open_folder(name, fetch(name))
-
-
-def _without_config(files: BaseFiles, component: str) -> str:
-    if files.is_folder:
-        return f"The base model '{files.name}' lacks '{component}/config.json'. Get it again."
-    return (
-        f"'{files.name}' is of no published family (SD 1, SD 2, SDXL) and does not say how it is "
-        f"built. Name its diffusers folder, or a file that this project's `bake` made of that."
-    )
-
-
-def _choose_vae(
-    files: BaseFiles, config: dict[str, Any], other: str | None, dtype: torch.dtype
-) -> tuple[Part, dict[str, Any]]:
-    """(the VAE's files, its config): the model's own, or another one that must fit it.
-
-    SDXL's stays in float32 where float16 is asked for, unless its config says that float16 is wide
-    enough for it, as diffusers does.
-    """
-    source = files
-    if other is not None:
-        source, other_config = open_vae(other)
-        _check_fits(other, other_config or config, files.name, config)
-        config = other_config or config
-    narrow = dtype == torch.float16 and files.has_component("text_encoder_2")
-    upcast = narrow and config.get("force_upcast", True)
-    return Part(source, "vae", torch.float32 if upcast else dtype), config
-
-
-def _check_fits(vae: str, config: dict[str, Any], base: str, own: dict[str, Any]) -> None:
-    """Whether another VAE's latents are what the base's UNet knows, by the configs of both."""
-    facts = {
-        "scales its latents by": lambda of: of.get("scaling_factor", SCALING_FACTOR),
-        "shifts them by": lambda of: of.get("shift_factor") or 0,
-        "has latent channels": lambda of: of.get("latent_channels", 4),
-        "has sizes": lambda of: len(of.get("block_out_channels", [64])),
-    }
-    wrong = [
-        f"{what} {value(config)} instead of {value(own)}"
-        for what, value in facts.items()
-        if value(config) != value(own)
-    ]
-    if wrong:
-        raise BaseModelError(
-            f"The VAE '{vae}' is made for another kind of model than '{base}': it "
-            f"{', '.join(wrong)}."
-        )

@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Size, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_sd.base_files.files import BaseFiles
-from lora_sd.errors import BaseModelError, shown_list
+from lora_sd.base_files.files import WEIGHTS, BaseFiles
+from lora_sd.base_files.vae import choose_vae
+from lora_sd.errors import BaseModelError, Problems, UserError, shown_list
 from lora_sd.parts import TEXT_ENCODERS
 
 TITLES = {
@@ -134,3 +135,52 @@ def _empty(component: str, config: Mapping[str, Any]) -> nn.Module:
         kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
         module = kind(CLIPTextConfig.from_dict(dict(config)))
     return module
+
+
+def load_parts(
+    files: BaseFiles, device: torch.device, dtype: torch.dtype, vae: str | None
+) -> tuple[dict[str, Part], dict[str, Any]]:
+    """(where each part comes from, the parts), by component.
+
+    SDXL's VAE stays in float32 where float16 is asked for, unless its config says that float16 is
+    wide enough for it, as in diffusers.
+
+    Args:
+        vae: of another VAE, or None.
+
+    Raises:
+        BaseModelError: parts cannot be built; all problems at once.
+    """
+    sources: dict[str, Part] = {}
+    modules: dict[str, Any] = {}
+    problems = Problems()
+    for component in WEIGHTS:
+        if component == "text_encoder_2" and not files.has_component(component):
+            continue
+        with problems.gathered():
+            source, config = files, files.config(component)
+            if not config:
+                raise BaseModelError(_without_config(files, component))
+            part_dtype = dtype
+            if component == "vae":
+                source, config = choose_vae(files, config, vae)
+                is_narrow = dtype == torch.float16 and files.has_component("text_encoder_2")
+                if is_narrow and config.get("force_upcast", True):
+                    part_dtype = torch.float32
+            sources[component] = Part(source, component, part_dtype)
+            modules[component] = sources[component].build(config, device)
+    try:
+        problems.tell()
+    except UserError as error:
+        raise BaseModelError(error.problems) from None
+    return sources, modules
+
+
+def _without_config(files: BaseFiles, component: str) -> str:
+    if files.is_folder:
+        return f"The base model '{files.name}' lacks '{component}/config.json'. Get it again."
+    return (
+        f"'{files.name}' is of no published family (SD 1, SD 2, SDXL) and does not say how its "
+        f"{TITLES[component]} is built. Name its diffusers folder, or a file that this project's "
+        f"`bake` made of that."
+    )

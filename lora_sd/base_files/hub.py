@@ -1,14 +1,31 @@
-"""Fetch a model of Hugging Face's hub into its cache on this machine."""
+"""Find a base model's files; those of a model on Hugging Face's hub are fetched into its cache on
+this machine."""
 
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
+from lora_sd.base_files.files import BaseFiles
+from lora_sd.base_files.opening import NotHere, open_base, open_folder
 from lora_sd.errors import BaseModelError
 
 VARIANTS = (None, "fp16")
 NOT_WANTED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def find_base(name: str) -> BaseFiles:
+    """Open a base model's files, as `open_base` does, and fetch them first where need be.
+
+    What is in the cache is used as it is: whether the hub has a newer version is not asked.
+
+    Raises:
+        BaseModelError: as of `open_base` and `fetch`.
+    """
+    try:
+        return open_base(name)
+    except NotHere:
+        return open_folder(name, fetch(name))
 
 
 def fetch(hub_id: str) -> Path:

@@ -1,6 +1,7 @@
 """Open another VAE for a base model: a single file, or a diffusers folder."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lora_sd.base_files.original import VAE, Piece, from_original
 from lora_sd.base_files.tensor_stream import read_header
 from lora_sd.errors import BaseModelError
 
+SCALING_FACTOR = 0.18215  # of a config that names none
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
@@ -62,3 +64,39 @@ def _open_folder(name: str, path: Path) -> tuple[BaseFiles, dict[str, Any]]:
     if pickle := only_pickled(folder, WEIGHTS["vae"]):
         raise pickles.refusal(name, [pickle])
     return BaseFiles(name, path, folder_entries("vae", folder), [], {}), config
+
+
+def choose_vae(
+    files: BaseFiles, config: dict[str, Any], other: str | None
+) -> tuple[BaseFiles, dict[str, Any]]:
+    """(the VAE's files, its config): the model's own, or another one, which must fit it.
+
+    Raises:
+        BaseModelError: the other cannot be opened, or its latents are not what the UNet knows.
+    """
+    if other is None:
+        return files, config
+    source, own_config = open_vae(other)
+    if own_config:
+        _check_fits(other, own_config, files.name, config)
+    return source, own_config or config
+
+
+def _check_fits(
+    vae: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]
+) -> None:
+    def facts(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "scaling_factor": of.get("scaling_factor", SCALING_FACTOR),
+            "shift_factor": of.get("shift_factor"),
+            "latent_channels": of.get("latent_channels", 4),
+            "number of blocks": len(of.get("block_out_channels", [64])),
+        }
+
+    found, wanted = facts(config), facts(base_config)
+    wrong = [f"{key} {found[key]} instead of {wanted[key]}" for key in found
+             if found[key] != wanted[key]]  # fmt: skip
+    if wrong:
+        raise BaseModelError(
+            f"The VAE '{vae}' is made for another kind of model than '{base}': {', '.join(wrong)}."
+        )

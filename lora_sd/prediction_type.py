@@ -1,0 +1,94 @@
+"""Whether a base model predicts what it is said to, by its own loss on the user's pictures.
+
+What the UNet gives is compared with the noise and with the velocity, at timesteps where these are
+far apart (at low ones, v is nearly the noise) and where the picture is still to be seen. Each loss
+is set in relation to that of predicting nothing, which is 1. Measured on eight pictures:
+
+| model and pictures | under epsilon | under v |
+| --- | --- | --- |
+| tiny-sd (v-prediction), flat icons, which it knows | 2.00 | 0.01 |
+| ink drawings, a style that it never saw | 1.94 | 0.78 |
+| ink drawings at twice the size that it was made for | 1.43 to 1.49 | 0.84 to 0.94 |
+| tiny-sd, its velocity turned into the noise that it means, ink drawings | 0.03 | 1.76 |
+| untrained networks, one picture, worst of 108 at v | 1.34 | 0.96 |
+
+So a run is stopped where what was said scores above 1.3 and the other below 0.95.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_sd import loss
+from lora_sd.base_model import BaseModel
+from lora_sd.errors import BaseModelError
+from lora_sd.randomness import generator
+from lora_sd.text_encoding import TextEmbedding
+
+TIMESTEPS = (500, 600, 700)
+SEED = 0
+CLEARLY_RIGHT, CLEARLY_WRONG = 0.95, 1.3
+
+
+@torch.no_grad()
+def measured_losses(
+    base: BaseModel, latents: Tensor, text: TextEmbedding, time_ids: Tensor | None
+) -> dict[str, float]:
+    """The loss under 'epsilon' and 'v_prediction', relative to that of predicting nothing (1).
+
+    Args:
+        latents: (pictures, channels, height, width), scaled.
+        text: the embeddings of their captions.
+        time_ids: (pictures, 6), for SDXL.
+    """
+    schedule = base.noise_schedule()
+    latents = latents.to(base.device, torch.float32)
+    errors: dict[str, list[Tensor]] = {"epsilon": [], "v_prediction": []}
+    for timestep in TIMESTEPS:
+        noise = torch.randn(latents.shape, generator=generator(SEED, "prediction", timestep))
+        noise = noise.to(base.device)
+        timesteps = torch.full((len(latents),), timestep, device=base.device)
+        noisy = loss.add_noise(schedule, latents, noise, timesteps)
+        predicted = base.predict(noisy, timesteps, text, time_ids).float()
+        targets = {
+            "epsilon": noise,
+            "v_prediction": schedule.get_velocity(latents, noise, timesteps),
+        }
+        for name, target in targets.items():
+            errors[name].append((predicted - target).square().mean() / target.square().mean())
+    return {name: float(torch.stack(some).mean()) for name, some in errors.items()}
+
+
+def check(
+    base: BaseModel, latents: Tensor, text: TextEmbedding, time_ids: Tensor | None
+) -> list[str]:
+    """Notices; where neither settings nor files say what the base predicts, it is set to what fits.
+
+    Args:
+        latents, text, time_ids: as of `measured_losses`; a few pictures are enough.
+
+    Raises:
+        BaseModelError: what was said is contradicted.
+    """
+    losses = measured_losses(base, latents, text, time_ids)
+    said = base.prediction_type
+    other = next(name for name in losses if name != said)
+    figures = ", ".join(f"{value:.2f} under {name}" for name, value in losses.items())
+    is_other = losses[other] < CLEARLY_RIGHT and losses[said] > CLEARLY_WRONG
+    if base.prediction_type_is_known and is_other:
+        raise BaseModelError(
+            f"'{base.name}' is said to predict '{said}', and its loss on the pictures says "
+            f"otherwise: {figures} (1 is what predicting nothing gives). Set base.prediction_type "
+            f"to {other}."
+        )
+    if base.prediction_type_is_known:
+        return []
+    base.set_prediction_type(other if is_other else said)
+    if min(losses.values()) < CLEARLY_RIGHT:
+        return [
+            f"The base's files do not say what it predicts; its loss on the pictures says "
+            f"'{base.prediction_type}': {figures}."
+        ]
+    return [
+        f"Neither the base's files nor its loss on the pictures ({figures}) tell what it predicts; "
+        f"'{said}' is assumed. Set base.prediction_type if it is something else."
+    ]
