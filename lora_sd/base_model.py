@@ -34,7 +34,7 @@ from lora_sd.text_encoding import CHUNK_TOKENS, TextEmbedding, chunked, hidden_s
 TEXT_LAYER_OF_SDXL = -2
 
 
-@dataclass
+@dataclass(repr=False)
 class BaseModel:
     """The parts of a Stable Diffusion 1.x, 2.x or XL model, frozen and in evaluation mode.
 

@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from lora_sd.adapter import Adapter
-from lora_sd.base_files import WEIGHTS, BaseFiles
+from lora_sd.base_files import WEIGHTS, BaseFiles, open_base
+from lora_sd.base_files.baking import Recipe, write_single_file
 from lora_sd.base_files.configs import PUBLISHED, published_configs
+from lora_sd.base_files.metadata import checkpoint_metadata
 from lora_sd.base_files.tensor_stream import write_tensor_file
 from lora_sd.base_files.tokenizers import CLIP
 
@@ -89,6 +91,14 @@ def make_base(kind: str, folder: Path, predicts_v: bool = False, **save: Any) ->
                 weight.data = torch.randn(weight.shape) / 4
     pipeline.save_pretrained(folder / "model", **save)
     return folder / "model"
+
+
+def save_single_file(folder: Path | str, path: Path) -> Path:
+    """The model of a folder as one file, as `bake` writes it."""
+    base = open_base(str(folder))
+    recipe = Recipe(base, {}, None)
+    write_single_file(recipe, path, checkpoint_metadata(base, path.stem, []))
+    return path
 
 
 def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
