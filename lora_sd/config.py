@@ -161,6 +161,12 @@ class FolderGroup(PerFolderGroup):
 
 
 EXAMPLE_FOLDER = "assets/ink-icons"
+WITHOUT_SUBJECT = {
+    "caption": None,
+    "trigger_word": None,
+    "caption_prefix": "",
+    "caption_suffix": "",
+}
 
 
 class DataGroup(PerFolderGroup):
@@ -170,7 +176,7 @@ class DataGroup(PerFolderGroup):
     folders: list[FolderGroup] = []
     """Further folders, each with 'folder', and what it wants of 'kind', 'repeats', 'loss_weight',
     'class_pictures' and of the other settings of `data` for itself: a list in YAML; JSON as a
-    flag."""
+    flag. Regularisation folders do not take over caption, trigger word, prefix and suffix."""
     bad_pictures: Literal["fail", "skip"] = "fail"
     """What to do about pictures and captions that cannot be used: stop and name them all, or leave
     them out and name them all."""
@@ -181,7 +187,7 @@ class DataGroup(PerFolderGroup):
     """Where encoded pictures and captions are kept: on disk, to be found there by the next run, or
     in memory alone."""
     cache_folder: str | None = None
-    """Where on disk. Empty: 'cache' in the folder of all runs. It may be deleted at any time."""
+    """Where on disk. Empty: '.cache' in the folder of all runs. It may be deleted at any time."""
 
     @model_validator(mode="after")
     def _some_folder(self) -> "DataGroup":
@@ -195,7 +201,11 @@ class DataGroup(PerFolderGroup):
         """Each folder with its settings, as `data.folder_options.FolderOptions` takes them."""
         shared = self.model_dump(include=set(PerFolderGroup.model_fields))
         given = [{"folder": self.folder}] if self.folder else []
-        each = [shared | one for one in given + [one.model_dump() for one in self.folders]]
+        each = []
+        for one in given + [one.model_dump() for one in self.folders]:
+            # What calls the subject is not taken over by pictures of something else.
+            own = WITHOUT_SUBJECT if one.get("kind") == "regularisation" else {}
+            each.append(shared | own | one)
         for one in each:
             one |= {"folder": Path(one["folder"]), "resolution_px": tuple(one["resolution_px"])}
         return each

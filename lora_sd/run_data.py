@@ -82,7 +82,7 @@ def draw_class_pictures(base: BaseModel, config: Config, on_step: OnStep) -> lis
 
 def cache_folder(config: Config) -> Path:
     """Where encoded pictures and captions are kept on disk."""
-    return Path(config.data.cache_folder or Path(config.output.folder) / "cache")
+    return Path(config.data.cache_folder or Path(config.output.folder) / ".cache")
 
 
 def open_store(config: Config) -> Store:

@@ -9,6 +9,7 @@ import yaml
 from conftest import PROJECT
 
 from lora_sd.config import Config, config_from_values, parse_command_line, read_yaml, settings
+from lora_sd.data.folder_options import FolderOptions
 from lora_sd.errors import ConfigError
 
 
@@ -101,3 +102,50 @@ def test_help_comes_at_once_and_names_every_flag():
     )
     assert done.returncode == 0 and time.monotonic() - started < 5
     assert [name for name, _ in settings() if f"--{name}" not in done.stdout] == []
+
+
+def test_folders_take_over_what_they_do_not_say_themselves():
+    config = config_from_values(
+        {
+            "data": {
+                "folder": "cats",
+                "trigger_word": "sks",
+                "caption_prefix": "old",
+                "flip": True,
+                "resolution_px": 512,
+                "folders": [
+                    {"folder": "more", "flip": False, "repeats": 0.5},
+                    {"folder": "any", "kind": "regularisation", "caption_prefix": "new"},
+                ],
+            }
+        }
+    )
+    cats, more, prior = (FolderOptions(**one) for one in config.data.folder_options())
+    assert (cats.trigger_word, cats.flip, cats.resolution_px) == ("sks", True, (512,))
+    assert (more.trigger_word, more.flip, more.repeats) == ("sks", False, 0.5)
+    # What calls the subject is not taken over by pictures of something else.
+    assert (prior.trigger_word, prior.caption_prefix, prior.flip) == (None, "new", True)
+    again = config_from_values(yaml.safe_load(config.to_yaml()))
+    assert again.data.folder_options() == config.data.folder_options()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"folders": [{"folder": "a", "kind": "validation"}]}, "no folder is of kind 'training'"),
+        ({"folders": [{"folder": "a", "class_pictures": 5}]}, "kind: regularisation"),
+        ({"folders": [{"folder": "a", "flipp": True}]}, r"no setting 'data\.folders\.0\.flipp'"),
+        ({"resolution_px": []}, "resolution_px"),
+        ({"resolution_px": [512, 500]}, "multiple of 8"),
+    ],
+)
+def test_folders_that_make_no_sense_are_said(data, said):
+    with pytest.raises(ConfigError, match=said):
+        config_from_values({"data": data})
+
+
+def test_a_folder_of_its_own_can_be_a_flag():
+    line = parse_command_line(["--data.folders", '{"folder": "a b", "repeats": 3}'], "x")
+    config = config_from_values(line.over({}))
+    assert config.data.folder is None and config.data.folders[0].repeats == 3
+    assert config_from_values({}).data.folder == "assets/ink-icons"

@@ -103,7 +103,7 @@ def test_batches_and_accumulation_see_the_same_in_all_sizes(varied):
 
 def test_a_damaged_entry_is_made_again_and_told(run_settings):
     first = train(run_settings)
-    entries = sorted((first.path.parent / "cache").rglob("*.safetensors"))
+    entries = sorted((first.path.parent / ".cache").rglob("*.safetensors"))
     data = bytearray(entries[0].read_bytes())
     data[-3] ^= 1
     entries[0].write_bytes(data)
