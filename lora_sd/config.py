@@ -161,7 +161,7 @@ class FolderGroup(PerFolderGroup):
 
 
 EXAMPLE_FOLDER = "assets/ink-icons"
-WITHOUT_SUBJECT = {
+WITHOUT_SUBJECT: dict[str, Any] = {
     "caption": None,
     "trigger_word": None,
     "caption_prefix": "",
