@@ -358,7 +358,7 @@ def test_the_unused_last_layer_of_sd_2_is_left_out(bases, tmp_path):
     """Single files of SD 2 hold 24 layers, folders 23."""
     part = "cond_stage_model.model.transformer.resblocks"
     tensors = load_file(bases["sd2"][1])
-    more = {key.replace(".1.", ".23."): tensor for key, tensor in tensors.items()
+    more = {key.replace(".1.", ".23."): tensor.clone() for key, tensor in tensors.items()
             if key.startswith(f"{part}.1.")}  # fmt: skip
     with safe_open(bases["sd2"][1], "pt") as file:
         save_file(tensors | more, tmp_path / "one.safetensors", file.metadata())

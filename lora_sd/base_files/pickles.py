@@ -10,11 +10,11 @@ from lora_sd.errors import BaseModelError
 
 SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 BEGINNINGS = (b"PK\x03\x04", b"\x80")  # a zip archive, as torch writes since 1.6; a bare pickle
-CONVERT = (  # one line, as Windows wants it; no double quotes, dollars or exclamation marks
+CONVERT = (  # one line, as Windows wants it, without double quotes; torch goes by names unless opened
     "import sys, torch; from safetensors.torch import save_file; a = sys.argv[1:]; "
     "[save_file({k: t.contiguous().clone() for k, t in s.get('state_dict', s).items() "
     "if torch.is_tensor(t)}, new, {'format': 'pt'}) for old, new in zip(a[::2], a[1::2]) "
-    "for s in [torch.load(old, map_location='cpu', weights_only=True)]]"
+    "for s in [torch.load(open(old, 'rb'), map_location='cpu', weights_only=True)]]"
 )
 PICKLED_STEM = {"model": "pytorch_model"}
 """What transformers calls the file of pickled weights whose safetensors file is 'model'."""
