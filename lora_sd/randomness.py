@@ -19,12 +19,3 @@ def seed_at(seed: int, *place: str | int) -> int:
 def generator(seed: int, *place: str | int) -> torch.Generator:
     """A CPU generator of its own for one place."""
     return torch.Generator("cpu").manual_seed(seed_at(seed, *place))
-
-
-def picture_at(position: int, pictures: int, seed: int) -> int:
-    """Which picture is seen at a position of the endless stream of shuffled epochs.
-
-    Each picture is seen once in an epoch; batches may span two epochs, so that none is dropped.
-    """
-    epoch, place = divmod(position, pictures)
-    return int(torch.randperm(pictures, generator=generator(seed, "epoch", epoch))[place])

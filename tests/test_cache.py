@@ -2,6 +2,8 @@
 
 import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -182,16 +184,24 @@ def test_a_damaged_entry_is_made_again_and_counted(base, folder, tmp_path):
     assert store.damaged == 1 and all_same(before, entries(base, views, store))
 
 
-def test_a_picture_is_read_once_for_all_its_variants(base, folder, monkeypatch):
-    read = []
+def test_a_picture_is_read_once_for_all_its_views_and_then_let_go(base, folder, monkeypatch):
+    monkeypatch.setattr(cache, "_workers", lambda *_: 2)
+    read, held, most = [], [], []
 
     def counted(picture):
         read.append(picture.name)
-        return load_picture(picture)
+        loaded = load_picture(picture)
+        held.append(weakref.ref(loaded[0]))
+        most.append(sum(one() is not None for one in held))
+        return loaded
 
     monkeypatch.setattr(cache, "load_picture", counted)
-    encode_views(base, views_of(folder, crop_jitter=0.2), MemoryStore(), on_done=go_on)
+    views = views_of(folder, crop_jitter=0.2)
+    smaller = [View(view.picture, fit(view.picture.size_px, 16, 8)) for view in views]
+    alternating = [view for pair in zip(views, smaller, strict=True) for view in pair]
+    assert encode_views(base, alternating, MemoryStore(), on_done=go_on) == 96
     assert sorted(read) == [f"{number}.png" for number in range(6)]
+    assert max(most) <= 3
 
 
 def test_all_pictures_whose_latents_are_not_finite_are_named(base, folder):
@@ -237,6 +247,8 @@ def test_each_thread_computes_on_one_core_and_what_was_set_comes_back(base, fold
     try:
         encode_views(base, views_of(folder), MemoryStore(), on_done=go_on)
         assert seen == {1} and torch.get_num_threads() == 3
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
 
@@ -324,6 +336,13 @@ def test_captions_are_encoded_as_each_alone(base, monkeypatch, workers):
         entry = store.get(text_key(text, base, 150))
         assert is_same(entry, {"hidden": alone.hidden[0]})
     assert encode_captions(base, texts, store, 150, on_done=go_on) == 0
+
+
+def test_captions_are_encoded_without_gradient(base):
+    base.text_encoder.requires_grad_(True)
+    store = MemoryStore()
+    encode_captions(base, ["a"], store, 75, on_done=go_on)
+    assert not store.get(text_key("a", base, 75))["hidden"].requires_grad
 
 
 def test_captions_stop_and_go_on(base, tmp_path):

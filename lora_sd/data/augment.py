@@ -55,8 +55,6 @@ def choose(size_px: Size, crop: Crop, options: FolderOptions, number: int, seed:
         return Variant(crop)
     draw = random.Random(f"{seed} {number}")
     mirrored = options.flip and number % 2 == 1
-    if mirrored:
-        crop = _mirrored(crop, size_px[0])
     if options.crop_jitter:
         crop = _jittered(crop, size_px, options, draw)
     colours = None
@@ -95,11 +93,6 @@ def _cut(variant: Variant, picture: Image.Image) -> Image.Image:
     if variant.mirrored:
         picture = ImageOps.mirror(picture)
     return picture.resize(variant.crop.size_px, Image.Resampling.LANCZOS, box=variant.crop.box)
-
-
-def _mirrored(crop: Crop, width: int) -> Crop:
-    left, top, right, bottom = crop.box
-    return Crop((width - right, top, width - left, bottom), crop.size_px)
 
 
 def _jittered(crop: Crop, size_px: Size, options: FolderOptions, draw: random.Random) -> Crop:
