@@ -185,8 +185,10 @@ def test_captions_are_looked_for_in_a_fixed_order(tmp_path):
 
 def test_a_trigger_word_is_caption_enough(tmp_path):
     picture(tmp_path / "0.png")
-    (found,) = read(tmp_path, trigger_word="sks").pictures
-    assert (found.caption, found.caption_source) == ("", "data.trigger_word")
+    found = read(tmp_path, trigger_word="sks")
+    (one,) = found.pictures
+    assert (one.caption, one.caption_source) == ("", "data.trigger_word")
+    assert len(found.notices) == 1  # one picture has no caption in common with others
 
 
 def test_the_nearest_metadata_file_counts(tmp_path):
@@ -223,6 +225,7 @@ def test_lines_are_kept_for_wildcards_alone(cats):
         ("-2_cat", 1, "none"),
         ("2.5_cat", 1, "none"),
         ("cat_10", 1, "none"),
+        ("_cat", 1, "none"),
         ("10_", 10, "none"),
         ("1000_cat", 1000, "cat"),
     ],
@@ -307,6 +310,8 @@ def test_notices_count_what_is_odd(cats, tmp_path):
     (cats / "1.caption").write_text("another")
     for name in "012":
         (cats / f"{name}.txt").write_text("a cat")
+    shutil.copy(cats / "1.png", cats / "4.png")
+    (cats / "4.txt").write_text("a cat")
     other = picture(tmp_path / "held" / "same.png", "red")
     shutil.copy(cats / "0.png", other)
     found = read_folders(
@@ -315,14 +320,14 @@ def test_notices_count_what_is_odd(cats, tmp_path):
             FolderOptions(other.parent, kind="validation", caption="x"),
         ]
     )
-    assert "5 (4 for training, by their repeats 8 an epoch; 1 for validation)" in found.notices[0]
+    assert "6 (5 for training, by their repeats 10 an epoch; 1 for validation)" in found.notices[0]
     assert told(found, "belong to no picture", "1 ('9.txt')")
     assert told(found, "not looked at", "notes.doc")
     assert told(found, "share their name", "'1.jpg' and '1.png'")
     assert len(told(found, "1.caption", "second caption")) == 1
-    assert told(found, "more than once", "0.png = 2.png = ...")
-    assert told(found, "for training and for something else", "0.png")
-    assert told(found, "All 4 training pictures have the same caption", "'a cat'")
+    assert told(found, "more than once", ": 2 ('0.png = 2.png = ...' and '1.png = 4.png')")
+    assert told(found, "for training and for something else", ": 1 ('0.png")
+    assert told(found, "All 5 training pictures have the same caption", "'a cat'")
 
 
 def test_the_fingerprint_changes_with_everything_that_is_learnt(cats):
@@ -380,6 +385,15 @@ def test_what_was_found_is_remembered_by_content(cats, tmp_path, monkeypatch):
     monkeypatch.setattr(scan, "INDEX_VERSION", "another")
     again()
     assert len(decoded) == 6
+
+
+def test_a_file_may_be_a_picture_and_a_mask_of_another(cats, tmp_path):
+    picture(cats / "0.png", "black")
+    shutil.copy(cats / "0.png", cats / "1-mask.png")
+    for _ in range(2):
+        found = read_folders([FolderOptions(cats, masks="file")], "skip", index=tmp_path / "index")
+        assert [one.name for one in found.pictures] == ["0.png", "2.png"]
+        assert "black all over" in found.left_out[0][1]
 
 
 @pytest.mark.parametrize(
