@@ -281,7 +281,8 @@ class BaseModel:
                 raise ValueError("SDXL wants time_ids and a pooled text embedding")
             more["added_cond_kwargs"] = {
                 "text_embeds": text.pooled.to(self.device, dtype),
-                "time_ids": time_ids.to(self.device, dtype),
+                # As they are: bfloat16 would round a size of 1021 to 1024.
+                "time_ids": time_ids.to(self.device, torch.float32),
             }
         predicted: Tensor = (unet or self.unet)(
             noisy.to(dtype), timesteps, text.hidden.to(self.device, dtype), **more

@@ -7,14 +7,16 @@ import time
 
 import pytest
 import torch
-from conftest import randomise
+import yaml
+from conftest import PROJECT, randomise
 from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from make_adapters import random_adapter
-from make_bases import make_published
+from make_bases import make_published, save_single_file
+from PIL import Image
 
 from lora_sd import inject
 from lora_sd.base_files import open_base
@@ -102,6 +104,80 @@ def test_extract_undoes_bake(made):
     for name, layer in expected.items():
         gap = (found[name].delta() - layer.delta()).norm() / layer.delta().norm()
         assert gap < 0.05, name  # the base's float16 rounds the sum
+
+
+USED = """
+import hashlib, sys, torch
+from lora_sd.base_model import load_base_model
+from lora_sd.generate import PictureSettings, generate
+torch.set_num_threads(2)
+base = load_base_model(sys.argv[1], torch.device("cpu"), torch.bfloat16)
+print("loaded", next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+digest, count = hashlib.sha256(), 0
+for part in (*base.components.values(), base.vae):
+    for name, tensor in part.state_dict().items():
+        digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
+        count += tensor.numel()
+print("model", base.family, count, base.resolution_px, base.size_step_px, digest.hexdigest())
+settings = PictureSettings("a cat", seed=1, steps=2, guidance=5, width_px=128, height_px=64)
+(picture,) = generate(base, [settings])
+print("picture", picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family, resolution_px", [("sd15", 512), ("sd21", 768), ("sdxl", 1024)])
+def test_folder_and_single_file_load_alike_in_little_more_than_their_size(
+    family, resolution_px, tmp_path
+):
+    """In bfloat16, and each draws the same picture."""
+    folder = make_published(family, tmp_path / "base")
+    single = save_single_file(folder, tmp_path / "one.safetensors")
+    lines = []
+    for path in (folder, single):
+        done = subprocess.run(
+            [sys.executable, "-c", USED, str(path)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        print(done.stdout)
+        loaded, model, picture = done.stdout.split("\n\n")[0], *done.stdout.splitlines()[-2:]
+        size_kb = int(model.split()[2]) * 2 / 1024
+        assert int(loaded.split()[-2]) < size_kb + MOST_MEMORY_KB
+        assert model.split()[1:5:2] == [family, str(resolution_px)]
+        lines.append((model, picture))
+    assert lines[0] == lines[1]
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("source", ["folder", "single file"])
+def test_a_model_of_the_size_of_sd15_is_trained(source, tmp_path):
+    """Two steps by the command that a user types, and the result goes back on the model."""
+    base = make_published("sd15", tmp_path / "base")
+    if source == "single file":
+        base = save_single_file(base, tmp_path / "one.safetensors")
+    (tmp_path / "pictures").mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "pictures" / f"{colour}.png")
+        (tmp_path / "pictures" / f"{colour}.txt").write_text(f"a {colour} wall")
+    settings = {
+        "base": {"model": str(base)},
+        "data": {"folder": str(tmp_path / "pictures"), "resolution_px": 64},
+        "adapter": {"rank": 2, "conv_rank": 2, "text_encoder": True},
+        "train": {"steps": 2, "warmup_steps": 0},
+        "output": {"folder": str(tmp_path), "name": "run"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "train_sd_lora.py", "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    adapter = load_adapter(tmp_path / "run" / "adapter.safetensors", open_base(str(base)).shapes)
+    assert adapter.metadata["ss_base_model_version"] == "sd_v1"
+    assert any(name.startswith("text_encoder.") for name in adapter.layers)
+    assert sum(float(layer.delta().abs().sum()) for layer in adapter.layers.values()) > 0
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.slow

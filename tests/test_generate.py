@@ -5,8 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import choose
+from diffusers import StableDiffusionXLPipeline
+from make_bases import make_base
 from PIL import Image
 
+from lora_sd import inject
+from lora_sd.base_model import load_base_model
 from lora_sd.generate import (
     Cancelled,
     PictureSettings,
@@ -25,6 +30,89 @@ def one(seed=1, prompt="a red wall"):
 
 def pixels(pictures):
     return [np.asarray(picture, dtype=int) for picture in pictures]
+
+
+LONG = " ".join(["red"] * 80)
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory):
+    return make_base("sdxl", tmp_path_factory.mktemp("sdxl") / "base", predicts_v=True)
+
+
+@pytest.fixture
+def sdxl(sdxl_folder):
+    return load_base_model(str(sdxl_folder), torch.device("cpu"), torch.float32)
+
+
+def test_pictures_are_those_of_diffusers(base):
+    given = PictureSettings(
+        "a red wall", "grey", seed=3, steps=4, guidance=3, width_px=24, height_px=16
+    )
+    expected = base.pipeline()(
+        "a red wall",
+        negative_prompt="grey",
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=4,
+        guidance_scale=3,
+        width=24,
+        height=16,
+    ).images
+    assert np.array_equal(pixels(generate(base, [given])), pixels(expected))
+
+
+@pytest.mark.parametrize("width, height", [(0, 0), (24, 16), (16, 32)])
+def test_sdxl_s_pictures_are_those_of_diffusers(sdxl_folder, sdxl, width, height):
+    """Of a pipeline that diffusers loads itself, with v-prediction and zero terminal SNR."""
+    given = PictureSettings(
+        "a red wall", "grey", seed=3, steps=4, guidance=3, width_px=width, height_px=height
+    )
+    scheduler = sdxl.scheduler
+    assert scheduler.config.timestep_spacing == "trailing" and sdxl.zero_terminal_snr
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, scheduler=scheduler)
+    expected = pipeline(
+        "a red wall",
+        negative_prompt="grey",
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=4,
+        guidance_scale=3,
+        width=width or None,
+        height=height or None,
+    ).images
+    (ours,) = pixels(generate(sdxl, [given]))
+    assert np.abs(ours - pixels(expected)[0]).max() <= 1
+    assert ours.shape == (height or 16, width or 16, 3) and ours.std() > 1
+
+
+def test_sdxl_with_adapters_live_and_merged(sdxl):
+    inject.attach(sdxl.components, choose(sdxl.components, "full", clamp_ranks=True))
+    for layer in inject.lora_layers(sdxl.components).values():
+        torch.nn.init.normal_(layer.lora_up.weight, std=0.5)
+    adapter = inject.collect(sdxl.components)
+    inject.detach(sdxl.components)
+    before = pixels(generate(sdxl, [one()]))[0]
+    strip = pixels(generate_strip(sdxl, adapter, [0.0, 0.5, 1.0], one()))
+    merged = MergedWeights(sdxl.components)
+    (row,) = generate_at_scales(sdxl, merged, adapter, [0.0, 0.5, 1.0], [one()])
+    for picture, expected in zip(strip, pixels(row), strict=True):
+        assert np.abs(picture - expected).max() <= 2
+    assert np.abs(strip[2] - strip[0]).max() > 8
+    assert np.array_equal(pixels(generate(sdxl, [one()]))[0], before)
+
+
+def test_a_long_prompt_is_drawn_whole_and_changes_no_other(base):
+    short, long, longer = one(1), one(1, LONG), one(1, LONG + " w a l l")
+    alone = pixels(generate(base, [short]))[0]
+    drawn = pixels(generate(base, [long, short, longer, one(1, "a wall")]))
+    assert np.abs(drawn[1] - alone).max() <= 1
+    assert np.abs(drawn[0] - drawn[2]).max() > 2
+    assert np.abs(pixels(generate(base, [longer]))[0] - drawn[2]).max() <= 1
+
+
+def test_parts_that_were_released_come_back_to_draw(sdxl):
+    before = pixels(generate(sdxl, [one()]))
+    sdxl.release("vae", "text_encoder", "text_encoder_2")
+    assert np.array_equal(pixels(generate(sdxl, [one()])), before)
 
 
 def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(base):

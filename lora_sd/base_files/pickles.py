@@ -10,7 +10,8 @@ from lora_sd.errors import BaseModelError
 
 SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 BEGINNINGS = (b"PK\x03\x04", b"\x80")  # a zip archive, as torch writes since 1.6; a bare pickle
-CONVERT = (  # one line, as Windows wants it, without double quotes; torch goes by names unless opened
+# One line without double quotes, as every shell takes it. Opened, as torch goes by names otherwise.
+CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; a = sys.argv[1:]; "
     "[save_file({k: t.contiguous().clone() for k, t in s.get('state_dict', s).items() "
     "if torch.is_tensor(t)}, new, {'format': 'pt'}) for old, new in zip(a[::2], a[1::2]) "
