@@ -7,11 +7,9 @@ import pytest
 from lora_sd.data.caption_files import (
     UnreadableCaption,
     path_key,
-    read_caption,
     read_metadata,
     read_own,
 )  # fmt: skip
-from lora_sd.errors import DataError
 
 BEAR = "ein grüner Bär, 白い猫 😀"
 
@@ -48,18 +46,12 @@ def test_what_is_no_caption_says_why(tmp_path, content, said):
     with pytest.raises(UnreadableCaption) as caught:
         read_own(file)
     assert said in str(caught.value.of(file)) and "c.txt" in str(caught.value.of(file))
-    with pytest.raises(DataError, match="c.txt"):
-        read_caption(file)
 
 
 def test_lines_are_kept_only_where_they_are_asked_for(tmp_path):
     file = write(tmp_path / "c.txt", " a  bear \r\n\r\n\tin the snow\n")
-    assert read_own(file) == read_caption(file) == "a bear in the snow"
+    assert read_own(file) == "a bear in the snow"
     assert read_own(file, keep_lines=True) == "a bear\nin the snow"
-
-
-def test_a_caption_file_that_is_not_there_is_none(tmp_path):
-    assert read_caption(tmp_path / "c.txt") is None
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv"])

@@ -10,7 +10,8 @@ from conftest import PROJECT
 from lora_sd import train as trainer
 from lora_sd.base_model import load_base_model
 from lora_sd.config import config_from_values
-from lora_sd.data.folder import read_folder
+from lora_sd.data.folder import read_folders
+from lora_sd.data.folder_options import FolderOptions
 from lora_sd.formats import load_adapter
 from lora_sd.formats.layer_tables import EMBEDDED
 from lora_sd.generate import PictureSettings, generate
@@ -62,7 +63,7 @@ def test_its_tokenizer_takes_any_text(tiny_sd):
 
 
 def test_the_example_folder_holds_one_unseen_style_and_no_held_out_subject():
-    examples = read_folder(PROJECT / "assets" / "ink-icons", 64).examples
+    examples = read_folders([FolderOptions(PROJECT / "assets" / "ink-icons")]).pictures
     assert len(examples) == 24
     assert all("ink drawing" in example.caption for example in examples)
     held_out = load_reference().held_out_subjects

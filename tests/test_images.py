@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lora_sd.data import images
-from lora_sd.data.images import UnreadableImage, read_image, square
+from lora_sd.data.images import UnreadableImage, read_image
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
 
@@ -225,9 +225,3 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.png")
     with pytest.raises(UnreadableImage, match="not a regular file"):
         read_image(tmp_path / "p.png")
-
-
-def test_the_middle_square_is_cut_out():
-    picture = Image.new("RGB", (30, 10), "black")
-    picture.paste("white", (10, 0, 20, 10))
-    assert np.asarray(square(picture, 10)).min() == 255

@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_sd.data.findings import Finding
-from lora_sd.errors import DataError
 
 SUFFIXES = (".txt", ".caption")  # in the order in which they count
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -93,20 +92,6 @@ def read_own(file: Path, keep_lines: bool = False) -> str:
     if not caption:
         raise UnreadableCaption("is empty", advice="Write a caption into it, or remove it.")
     return caption
-
-
-def read_caption(file: Path) -> str | None:
-    """The text of a caption file on one line, or None when there is no such file.
-
-    Raises:
-        DataError: it is empty, or cannot be read as text.
-    """
-    if not file.exists():
-        return None
-    try:
-        return read_own(file)
-    except UnreadableCaption as error:
-        raise DataError(str(error.of(file))) from None
 
 
 def read_metadata(file: Path, keep_lines: bool = False) -> Metadata:

@@ -1,33 +1,21 @@
 """Find and check the pictures and captions of all folders, before anything else happens."""
 
-import hashlib
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageColor
 
 from lora_sd.data.candidates import NO_CAPTION, Candidate, Found
-from lora_sd.data.caption_files import read_caption
 from lora_sd.data.findings import Finding, sentences
 from lora_sd.data.folder_options import FolderOptions
-from lora_sd.data.images import (
-    OTHER_PICTURES,
-    SUFFIXES,
-    WHOLLY_TRANSPARENT,
-    UnreadableImage,
-    read_image,
-    square,
-)
+from lora_sd.data.images import SUFFIXES, WHOLLY_TRANSPARENT
 from lora_sd.data.listing import Listing, list_folder
 from lora_sd.data.picture_set import Picture, PictureSet, load_picture
 from lora_sd.data.scan import Index, Job, Scanned, scan
 from lora_sd.errors import DataError, shown_list
 
-__all__ = ["Picture", "PictureSet", "load_picture", "read_caption", "read_folders"]
-MOST_PROBLEMS_SHOWN = 20
+__all__ = ["Picture", "PictureSet", "load_picture", "read_folders"]
 
 MASK_SHAPE_TOLERANCE = 0.01  # of width / height: masks drawn at another size are rounded
 
@@ -235,116 +223,3 @@ def _about_content(pictures: Sequence[Picture]) -> list[str]:
 def _mixed(group: Sequence[Picture]) -> bool:
     kinds = {one.options.kind for one in group}
     return "training" in kinds and len(kinds) > 1
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training picture with its caption."""
-
-    file: Path
-    caption: str
-    resolution_px: int
-
-    def picture(self) -> Image.Image:
-        """The picture in RGB, square, of the training resolution; read anew from the file."""
-        return square(read_image(self.file)[0], self.resolution_px)
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """Everything a training folder holds.
-
-    `fingerprint` changes with any image, caption or file name; `notices` are sentences worth
-    showing that stop nothing.
-    """
-
-    examples: list[Example]
-    notices: list[str]
-    fingerprint: str
-
-
-def read_folder(
-    folder: Path, resolution_px: int, caption: str | None = None, trigger_word: str | None = None
-) -> ImageFolder:
-    """Read every image and caption of a folder.
-
-    Args:
-        resolution_px: side of the square pictures.
-        caption: for images without a .txt beside them.
-        trigger_word: put before every caption, with a comma.
-
-    Raises:
-        DataError: no folder, no images, or images and captions that cannot be used: all at once.
-    """
-    if not os.path.isdir(folder):
-        what = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise DataError(f"The image folder '{folder}' {what}.")
-    try:
-        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"The image folder '{folder}' cannot be read: {error.strerror}.") from None
-    texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
-    caption, trigger = (caption or "").strip(), (trigger_word or "").strip()
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
-    foreign = [file for file in files if file.suffix.lower() in OTHER_PICTURES]
-    if not images:
-        raise DataError(_no_images(folder, files, foreign))
-
-    problems = [f"'{file}' is of a kind that is not read: save it as PNG." for file in foreign]
-    examples, notices, without_caption = [], [], []
-    digest = hashlib.sha256()
-    small = 0
-    for file in images:
-        try:
-            picture, notice = read_image(file)
-        except UnreadableImage as error:
-            problems.append(f"'{file}' {error}.")
-            continue
-        if notice:
-            notices.append(f"'{file.name}' {notice}.")
-        try:
-            own_caption = read_caption(texts.get(file.stem, file.with_suffix(".txt")))
-        except DataError as error:
-            problems += error.problems
-            continue
-        text = ", ".join(part for part in (trigger, own_caption or caption) if part)
-        if not text:
-            without_caption.append(file.name)
-            continue
-        small += min(picture.size) < resolution_px
-        examples.append(Example(file, text, resolution_px))
-        digest.update(os.fsencode(file.name))
-        digest.update(f"\n{text}\n{resolution_px}\n".encode())
-        digest.update(square(picture, resolution_px).tobytes())
-    if without_caption:
-        first = Path(without_caption[0])
-        problems.append(
-            f"'{folder}' holds {len(images)} images, {len(without_caption)} of them without a "
-            f"caption: {shown_list(without_caption)}. Add {first.stem}.txt beside {first.name}, "
-            f'or set data.caption: "a photo of ...".'
-        )
-    if problems:
-        more = len(problems) - MOST_PROBLEMS_SHOWN
-        shown = problems[:MOST_PROBLEMS_SHOWN]
-        raise DataError([*shown, f"... and {more} more problems."] if more > 0 else problems)
-    if small:
-        notices.append(f"{small} images are smaller than {resolution_px} px and were enlarged.")
-    stems = {image.stem for image in images}
-    orphans = [file.name for stem, file in texts.items() if stem not in stems]
-    if orphans:
-        notices.append(f"{len(orphans)} captions belong to no image: {shown_list(orphans)}.")
-    return ImageFolder(examples, notices, digest.hexdigest())
-
-
-def _no_images(folder: Path, files: list[Path], foreign: list[Path]) -> str:
-    found = f"It holds {len(files)} other files." if files else "It is empty."
-    if foreign:
-        found = f"It holds {len(foreign)} pictures of kinds that are not read, such as "
-        found += f"'{foreign[0].name}': save them as PNG."
-    inside = [
-        f for f in files if f.is_dir() and any(g.suffix.lower() in SUFFIXES for g in f.iterdir())
-    ]
-    if inside:
-        found = f"Its folder '{inside[0].name}' does: name '{inside[0]}' instead."
-    kinds = ", ".join(sorted(SUFFIXES))
-    return f"The image folder '{folder}' holds no images ({kinds}). {found}"

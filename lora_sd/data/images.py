@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp"}
@@ -147,11 +147,6 @@ def read_image(path: Path) -> tuple[Image.Image, str]:
     """
     decoded = decode(read_bytes(path))
     return decoded.rgb, "; ".join(decoded.facts.notices)
-
-
-def square(image: Image.Image, side_px: int) -> Image.Image:
-    """The middle square of a picture, scaled so that its shorter side fills it."""
-    return ImageOps.fit(image, (side_px, side_px), Image.Resampling.LANCZOS)
 
 
 def _load(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
