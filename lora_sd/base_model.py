@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_sd import layer_names
-from lora_sd.base_files.components import Part, load_parts
+from lora_sd.base_files import BaseFiles
+from lora_sd.base_files.components import Part, check_configs, load_parts
 from lora_sd.base_files.hub import find_base
 from lora_sd.base_files.prediction import find_prediction
 from lora_sd.base_files.scheduler import make_scheduler
@@ -394,6 +395,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def _check_clip_skip(files: BaseFiles, clip_skip: int) -> None:
+    layers = files.config("text_encoder").get("num_hidden_layers", 12)
+    if clip_skip > 1 and files.has_component("text_encoder_2"):
+        raise BaseModelError(
+            f"base.clip_skip is {clip_skip}, and '{files.name}' is an SDXL model, which always "
+            f"uses the layer before the last. Set it to 1."
+        )
+    if clip_skip > layers:
+        raise BaseModelError(
+            f"base.clip_skip is {clip_skip}, and the text encoder of '{files.name}' has {layers} "
+            f"layers."
+        )
+
+
 def load_base_model(
     name: str,
     device: torch.device,
@@ -415,10 +430,14 @@ def load_base_model(
         clip_skip: which of the text encoder's last layers is used, 1 the last.
 
     Raises:
-        BaseModelError: not found, damaged, or not a Stable Diffusion text-to-image model.
+        BaseModelError: not found, damaged, or not a Stable Diffusion text-to-image model; or the
+            settings do not go with it.
     """
     files = find_base(name)
+    check_configs(files)
     problems = Problems()
+    with problems.gathered():
+        _check_clip_skip(files, clip_skip)
     with problems.gathered():
         prediction = find_prediction(files, prediction_type, zero_terminal_snr)
         scheduler = make_scheduler(

@@ -373,3 +373,10 @@ def test_a_damaged_config_is_one_sentence(folder):
     (folder / "unet" / "config.json").unlink()
     with pytest.raises(BaseModelError, match="lacks 'unet/config.json'"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind, most", [("sd1", 2), ("sdxl", 1)])
+def test_a_layer_that_is_not_there_cannot_be_used(bases, kind, most):
+    load(bases[kind][0], clip_skip=most)
+    with pytest.raises(BaseModelError, match=f"base.clip_skip is {most + 1}"):
+        load(bases[kind][0], clip_skip=most + 1)

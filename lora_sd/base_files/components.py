@@ -159,8 +159,6 @@ def load_parts(
             continue
         with problems.gathered():
             source, config = files, files.config(component)
-            if not config:
-                raise BaseModelError(_without_config(files, component))
             part_dtype = dtype
             if component == "vae":
                 source, config = choose_vae(files, config, vae)
@@ -176,11 +174,15 @@ def load_parts(
     return sources, modules
 
 
-def _without_config(files: BaseFiles, component: str) -> str:
-    if files.is_folder:
-        return f"The base model '{files.name}' lacks '{component}/config.json'. Get it again."
-    return (
-        f"'{files.name}' is of no published family (SD 1, SD 2, SDXL) and does not say how its "
-        f"{TITLES[component]} is built. Name its diffusers folder, or a file that this project's "
-        f"`bake` made of that."
-    )
+def check_configs(files: BaseFiles) -> None:
+    """Raises BaseModelError where a model does not say how its parts are built."""
+    missing = files.missing_configs()
+    if missing and files.is_folder:
+        raise BaseModelError(
+            f"The base model '{files.name}' lacks {shown_list(missing)}. Get it again."
+        )
+    if missing:
+        raise BaseModelError(
+            f"'{files.name}' is of no published family (SD 1, SD 2, SDXL) and does not say how it "
+            f"is built. Name its diffusers folder, or a file that this project's `bake` made of it."
+        )

@@ -126,6 +126,11 @@ class BaseFiles:
         known = self.family in configs.PUBLISHED
         return dict(configs.published_configs(self.family).get(component, {})) if known else {}
 
+    def missing_configs(self) -> list[str]:
+        """Configs that would be wanted to build the model, by their place in a folder."""
+        parts = [component for component in WEIGHTS if self.has_component(component)]
+        return [configs.config_file(one) for one in (*parts, "scheduler") if not self.config(one)]
+
     def packed_files(self, folder: str) -> dict[str, str]:
         """{name: text} of a folder's files that a single file carries in its metadata."""
         inside = f"{folder}/"

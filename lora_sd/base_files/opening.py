@@ -68,7 +68,10 @@ def _open_cached(hub_id: str) -> BaseFiles:
             f"Hugging Face's cache. The first training with it fetches a model of the hub."
         )
     try:
-        return open_folder(hub_id, Path(index).parent)
+        base = open_folder(hub_id, Path(index).parent)
+        if missing := base.missing_configs():
+            raise BaseModelError(f"{shown_list(missing)} is missing.")
+        return base
     except BaseModelError as error:
         raise NotHere(
             [f"The base model '{hub_id}' is on this machine in part only.", *error.problems]
