@@ -23,9 +23,9 @@ from PIL import Image
 from lora_sd import __version__
 from lora_sd.base_model import BaseModel
 from lora_sd.config import Config
-from lora_sd.data.cache import View
 from lora_sd.data.captions import plain_caption
 from lora_sd.data.picture_set import Picture
+from lora_sd.data.views import View
 from lora_sd.errors import ConfigError
 from lora_sd.formats import versions
 from lora_sd.formats.layer_tables import EMBEDDED

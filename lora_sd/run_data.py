@@ -12,14 +12,14 @@ from lora_sd.base_model import BaseModel, TextEmbedding
 from lora_sd.config import Config
 from lora_sd.data.augment import Variant, apply
 from lora_sd.data.buckets import time_ids
-from lora_sd.data.cache import DiskStore, MemoryStore, Store, View, to_pixels
+from lora_sd.data.cache import DiskStore, MemoryStore, Store, to_pixels
 from lora_sd.data.captions import plain_caption
 from lora_sd.data.class_pictures import draw_missing
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
-from lora_sd.data.picture_set import PictureSet, load_picture
+from lora_sd.data.picture_set import LeftOut, PictureSet, load_picture
 from lora_sd.data.training_data import TrainingData
-from lora_sd.data.views import describe_buckets
+from lora_sd.data.views import View, describe_buckets
 from lora_sd.generate import OnStep
 from lora_sd.run_record import StopRequest
 
@@ -110,13 +110,13 @@ def probe(
 def describe(
     found: PictureSet,
     data: TrainingData,
-    too_small: Sequence[tuple[str, str]],
+    too_small: Sequence[LeftOut],
     steps: int,
     step_pictures: int,
 ) -> list[str]:
     """Lines for the log: what is used, repeated and left out, and how often each is seen."""
-    left_out = [(str(file), reason) for file, reason in found.left_out] + list(too_small)
-    lines = [f"Left out: '{file}' {reason}." for file, reason in left_out]
+    left_out = [*found.left_out, *too_small]
+    lines = [f"Left out: '{one.file}' {one.reason}" for one in left_out]
     kinds: dict[str, set[Path]] = {}
     for view in [*data.shown, *data.held_out]:
         kinds.setdefault(view.picture.options.kind, set()).add(view.picture.file)

@@ -30,7 +30,7 @@ from lora_sd import (
 from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
 from lora_sd.config import Config
 from lora_sd.data.training_data import Batch, TrainingData
-from lora_sd.data.views import make_views
+from lora_sd.data.views import check_resolutions, make_views
 from lora_sd.errors import EXIT_RESUMABLE, ConfigError, Problems, RunError
 from lora_sd.formats import fitting_format, load_adapter, save_adapter
 from lora_sd.layers import LayerOptions, LoRALayer
@@ -83,6 +83,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         )
         with problems.gathered():
             if pictures is not None:
+                check_resolutions(run_data.folder_options(config), base.size_step_px)
                 views, too_small = make_views(pictures, base.size_step_px, bad)
                 told = prediction_type.check(base, *run_data.probe(base, views, max_tokens))
         adapted = base.components if config.adapter.text_encoder else {"unet": base.unet}

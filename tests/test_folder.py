@@ -63,7 +63,7 @@ def test_every_awkward_picture_is_used_as_expected_or_left_out_with_the_reason(a
     folder, expected = awkward_folder
     found = read(folder, "skip", **awkward.OPTIONS)
     used = {one.name: one for one in found.pictures}
-    left_out = {file.relative_to(folder).as_posix(): reason for file, reason in found.left_out}
+    left_out = {one.file.relative_to(folder).as_posix(): one.reason for one in found.left_out}
     wrong = [one.name for one in expected if one.name not in (used if one.is_used else left_out)]
     assert wrong == []
     assert len(used) + len(left_out) == len(expected) == len({one.name for one in expected})
@@ -188,7 +188,7 @@ def test_a_trigger_word_is_caption_enough(tmp_path):
     found = read(tmp_path, trigger_word="sks")
     (one,) = found.pictures
     assert (one.caption, one.caption_source) == ("", "data.trigger_word")
-    assert len(found.notices) == 1  # one picture has no caption in common with others
+    assert found.notices == []  # one picture has no caption in common with others
 
 
 def test_the_nearest_metadata_file_counts(tmp_path):
@@ -241,7 +241,7 @@ def test_a_folder_s_name_gives_repeats_and_a_caption(tmp_path, folder, repeats, 
 def test_no_repeats_and_far_too_many_are_told(cats):
     picture(cats / "0_later" / "a.png")
     found = read(cats)
-    assert len(found.pictures) == 3 and "no repeats" in found.left_out[0][1]
+    assert len(found.pictures) == 3 and "no repeats" in found.left_out[0].reason
     picture(cats / "99999999999_cat" / "a.png")
     (problem,) = problems(cats)
     assert "more than 1000 repeats" in problem
@@ -286,7 +286,7 @@ def test_a_mask_of_nearly_the_same_shape_is_scaled_and_of_another_refused(cats):
     picture(cats / "0-mask.png", size=(500, 340))
     (problem,) = problems(cats, masks="file")
     assert "0-mask.png: 500 x 340, not 1001 x 667" in problem
-    assert read(cats, "skip", masks="file").left_out[0][0] == cats / "0.png"
+    assert read(cats, "skip", masks="file").left_out[0].file == cats / "0.png"
 
 
 def test_the_alpha_channel_is_a_mask_where_asked_for(cats):
@@ -302,7 +302,7 @@ def test_the_alpha_channel_is_a_mask_where_asked_for(cats):
 
 
 def test_notices_count_what_is_odd(cats, tmp_path):
-    assert read(cats).notices == ["Pictures used: 3 (3 for training); left out: 0."]
+    assert read(cats).notices == []
     (cats / "9.txt").write_text("lost")
     (cats / "notes.doc").write_text("x")
     shutil.copy(cats / "0.png", cats / "2.png")
@@ -320,7 +320,6 @@ def test_notices_count_what_is_odd(cats, tmp_path):
             FolderOptions(other.parent, kind="validation", caption="x"),
         ]
     )
-    assert "6 (5 for training, by their repeats 10 an epoch; 1 for validation)" in found.notices[0]
     assert told(found, "belong to no picture", "1 ('9.txt')")
     assert told(found, "not looked at", "notes.doc")
     assert told(found, "share their name", "'1.jpg' and '1.png'")
@@ -393,7 +392,7 @@ def test_a_file_may_be_a_picture_and_a_mask_of_another(cats, tmp_path):
     for _ in range(2):
         found = read_folders([FolderOptions(cats, masks="file")], "skip", index=tmp_path / "index")
         assert [one.name for one in found.pictures] == ["0.png", "2.png"]
-        assert "black all over" in found.left_out[0][1]
+        assert "black all over" in found.left_out[0].reason
 
 
 @pytest.mark.parametrize(

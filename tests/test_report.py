@@ -268,7 +268,7 @@ def test_the_piece_draws_marked_pictures_first(report_of: Callable[..., Report])
 
 
 def test_a_resolution_below_the_step_is_told(report_of: Callable[..., Report]) -> None:
-    with pytest.raises(ConfigError, match="data.resolution_px is 32.*multiples of 64"):
+    with pytest.raises(ConfigError, match="'data.resolution_px' is 32.*multiples of 64"):
         report_of(tidy(), resolution_px=(32,))
 
 

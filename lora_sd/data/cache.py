@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from lora_sd.base_model import BaseModel
 from lora_sd.data.augment import Variant, apply, choose_variant, variant_count
-from lora_sd.data.buckets import Crop
 from lora_sd.data.picture_set import Picture, load_picture
 from lora_sd.data.store import DiskStore, MemoryStore, Store
+from lora_sd.data.views import View
 from lora_sd.errors import DataError, shown_list
 
 __all__ = [
@@ -31,14 +30,6 @@ MOST_READERS = 8  # threads that prepare pictures for a GPU
 BYTES_PER_CHANNEL = 24  # that a VAE takes for each pixel; 22 were measured with SD 1.5's
 Job = TypeVar("Job")
 OnDone = Callable[[int, int], bool]
-
-
-@dataclass(frozen=True)
-class View:
-    """One picture at one resolution."""
-
-    picture: Picture
-    crop: Crop
 
 
 def latent_key(view: View, variant: int, base: BaseModel) -> str:

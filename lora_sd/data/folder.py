@@ -11,7 +11,7 @@ from lora_sd.data.findings import Finding, sentences
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import SUFFIXES, WHOLLY_TRANSPARENT
 from lora_sd.data.listing import Listing, list_folder
-from lora_sd.data.picture_set import Picture, PictureSet, load_picture
+from lora_sd.data.picture_set import LeftOut, Picture, PictureSet, load_picture
 from lora_sd.data.scan import Index, Job, Scanned, scan
 from lora_sd.errors import DataError, shown_list
 
@@ -127,10 +127,11 @@ def _assembled(
     if not pictures and found.candidates and not stopped:
         raise DataError(["No picture can be used.", *_told(problems, found.candidates)])
     reasons: dict[Path, list[str]] = {}
-    for finding in problems + found.unused:
+    for finding in problems:
         reasons.setdefault(finding.file, []).append(finding.why)
-    left_out = [(file, " It ".join(why)) for file, why in reasons.items()]
-    notices = [_summary(pictures, left_out), *found.notices]
+    left_out = [LeftOut(file, " It ".join(why)) for file, why in reasons.items()]
+    left_out += [LeftOut(one.file, one.why, on_purpose=True) for one in found.unused]
+    notices = list(found.notices)
     if opaque:
         notices.append(
             f"Pictures without an alpha channel as a mask, of which all counts: {opaque}."
@@ -183,18 +184,6 @@ def _no_pictures(listing: Listing) -> str:
         found += " " + " ".join(sentences(listing.problems + listing.notices, most=3))
     kinds = ", ".join(sorted(SUFFIXES))
     return f"The image folder '{listing.folder}' holds no pictures ({kinds}). {found}"
-
-
-def _summary(pictures: Sequence[Picture], left_out: Sequence[object]) -> str:
-    """Used, repeated, left out."""
-    parts = []
-    for kind in dict.fromkeys(one.options.kind for one in pictures):
-        ours = [one for one in pictures if one.options.kind == kind]
-        shown = sum(one.repeats for one in ours)
-        times = "" if shown == len(ours) else f", by their repeats {shown:g} an epoch"
-        parts.append(f"{len(ours)} for {kind}{times}")
-    used = f"{len(pictures)} ({'; '.join(parts)})" if parts else "0"
-    return f"Pictures used: {used}; left out: {len(left_out)}."
 
 
 def _about_content(pictures: Sequence[Picture]) -> list[str]:

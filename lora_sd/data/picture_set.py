@@ -37,6 +37,16 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A file that is not used; the reason makes a sentence after its name. `on_purpose`: its folder
+    asks for that."""
+
+    file: Path
+    reason: str
+    on_purpose: bool = False
+
+
+@dataclass(frozen=True)
 class PictureSet:
     """Everything that was found in some folders.
 
@@ -46,7 +56,7 @@ class PictureSet:
     """
 
     pictures: list[Picture]
-    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     inspected: dict[Path, Any] = field(default_factory=dict)
 

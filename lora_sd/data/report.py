@@ -13,13 +13,12 @@ from typing import Any, Literal
 from lora_sd.data.base_facts import BaseFacts
 from lora_sd.data.buckets import Crop, TooSmall, fit
 from lora_sd.data.captions import plain_caption, varies
-from lora_sd.data.folder import Picture, read_folders
+from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.measures import BLURRED, Measures, like_earlier, measure
-from lora_sd.errors import ConfigError
+from lora_sd.data.picture_set import LeftOut, Picture
+from lora_sd.data.views import check_resolutions, views_of
 
-SUMMARY = "Pictures used: "  # a notice that the report tells itself, and better
-UNWANTED = "lies in a folder whose name asks for no repeats"  # as `read_folders` says
 FORMAT = "lora_sd data report 1"
 SMALL = 0.8
 """Below this share of the bucket's sides that it would have if it were larger, a picture is called
@@ -32,7 +31,7 @@ photograph keeps 0.67, of a 16:9 one 0.56."""
 
 
 @dataclass(frozen=True)
-class View:
+class CheckedView:
     """A picture at one resolution.
 
     Attributes:
@@ -88,7 +87,7 @@ class CheckedPicture:
     kind: str
     name: str
     size_px: tuple[int, int]
-    views: tuple[View, ...]
+    views: tuple[CheckedView, ...]
     caption: str
     caption_source: str
     varies: bool
@@ -101,16 +100,6 @@ class CheckedPicture:
     borders: tuple[float, float, float, float]
     marks: tuple[Mark, ...]
     thumbnail: bytes = field(repr=False)
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A file that is not used; the reason makes a sentence after its name. `on_purpose`: its folder
-    asks for that."""
-
-    file: Path
-    reason: str
-    on_purpose: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,10 +173,10 @@ def make_report(
     """
     from lora_sd.data.report_advice import advice, caption_facts
 
-    _check_resolutions(folders, base.step_px)
+    check_resolutions(folders, base.step_px)
     found = read_folders(folders, "skip", inspect=measure, on_picture=on_picture)
-    left_out = [LeftOut(file, why, why.startswith(UNWANTED)) for file, why in found.left_out]
-    usable: list[tuple[Picture, tuple[View, ...]]] = []
+    left_out = list(found.left_out)
+    usable: list[tuple[Picture, tuple[CheckedView, ...]]] = []
     for picture in found.pictures:
         try:
             usable.append((picture, _views(picture, base.step_px)))
@@ -212,35 +201,23 @@ def make_report(
         left_out=tuple(left_out),
         buckets=_buckets(checked),
         captions=facts,
-        notices=tuple(
-            one for one in [base.notice, *found.notices] if one and not one.startswith(SUMMARY)
-        ),
+        notices=(*([base.notice] if base.notice else []), *found.notices),
         advice=tuple(said),
     )
 
 
-def _check_resolutions(folders: Sequence[FolderOptions], step_px: int) -> None:
-    for one in folders:
-        step = one.bucket_step_px or step_px
-        if min(one.resolution_px) < step:
-            raise ConfigError(
-                f"data.resolution_px is {min(one.resolution_px)}, and the base wants sides that "
-                f"are multiples of {step} px: set {step} or more."
-            )
-
-
-def _views(picture: Picture, step_px: int) -> tuple[View, ...]:
+def _views(picture: Picture, step_px: int) -> tuple[CheckedView, ...]:
     """The picture at each of its resolutions; raises TooSmall."""
     options = picture.options
     step, longest = options.bucket_step_px or step_px, options.max_aspect_ratio
     views = []
-    for resolution_px in options.resolution_px:
-        crop = fit(picture.size_px, resolution_px, step, longest, options.upscale)
+    for resolution_px, view in zip(options.resolution_px, views_of(picture, step_px), strict=True):
+        crop = view.crop
         full = fit(picture.size_px, resolution_px, step, longest, upscale=True)
         left, top, right, bottom = crop.box
         area = (right - left) * (bottom - top)
         views.append(
-            View(
+            CheckedView(
                 resolution_px,
                 crop,
                 kept=area / math.prod(picture.size_px),
@@ -262,7 +239,7 @@ def _prior_weight(usable: Sequence[tuple[Picture, int]]) -> float:
 
 def _checked(
     picture: Picture,
-    views: tuple[View, ...],
+    views: tuple[CheckedView, ...],
     measured: Measures,
     base: BaseFacts,
     max_tokens: int,
@@ -311,7 +288,7 @@ def _likeness_marks(picture: Picture, original: Picture | None) -> list[Mark]:
     return [Mark("near-duplicate", f"may be a near-duplicate of '{original.name}'")]
 
 
-def _picture_marks(views: Sequence[View], measured: Measures) -> list[Mark]:
+def _picture_marks(views: Sequence[CheckedView], measured: Measures) -> list[Mark]:
     marks = []
     if measured.sharpness is not None and measured.sharpness < BLURRED:
         marks.append(Mark("blurred", "may be blurred"))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from lora_sd.data.report import CheckedPicture, Report, View
+from lora_sd.data.report import CheckedPicture, CheckedView, Report
 
 FIRST_SHOWN = 300
 MOST_SHOWN = 1500
@@ -157,7 +157,7 @@ def _drawing(one: CheckedPicture, number: int) -> str:
     )
 
 
-def _frame(view: View, size_px: tuple[int, int]) -> str:
+def _frame(view: CheckedView, size_px: tuple[int, int]) -> str:
     left, top, right, bottom = view.crop.box
     width, height = size_px
     outside = f"M0 0H{width}V{height}H0ZM{left:g} {top:g}V{bottom:g}H{right:g}V{top:g}Z"

@@ -2,19 +2,58 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from lora_sd.data.buckets import TooSmall, fit
-from lora_sd.data.cache import View
-from lora_sd.data.picture_set import PictureSet
-from lora_sd.errors import DataError
+from lora_sd.data.buckets import Crop, TooSmall, fit
+from lora_sd.data.folder_options import FolderOptions
+from lora_sd.data.picture_set import LeftOut, Picture, PictureSet
+from lora_sd.errors import ConfigError, DataError
 
 MOST_BUCKETS_SHOWN = 12
+MOST_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture at one resolution."""
+
+    picture: Picture
+    crop: Crop
+
+
+def check_resolutions(folders: Sequence[FolderOptions], step_px: int) -> None:
+    """Raises ConfigError when a resolution is below the step of picture sizes.
+
+    Args:
+        step_px: what the base wants sides to be multiples of; a folder's settings may say another.
+    """
+    for one in folders:
+        step = one.bucket_step_px or step_px
+        if min(one.resolution_px) < step:
+            raise ConfigError(
+                f"'data.resolution_px' is {min(one.resolution_px)}, and the base wants sides that "
+                f"are multiples of {step} px: set {step} or more."
+            )
+
+
+def views_of(picture: Picture, step_px: int) -> list[View]:
+    """The picture at each of its resolutions.
+
+    Raises:
+        TooSmall: it has no size to train at.
+    """
+    options = picture.options
+    step, longest = options.bucket_step_px or step_px, options.max_aspect_ratio
+    return [
+        View(picture, fit(picture.size_px, resolution_px, step, longest, options.upscale))
+        for resolution_px in options.resolution_px
+    ]
 
 
 def make_views(
     found: PictureSet, step_px: int, bad: str = "fail"
-) -> tuple[list[View], list[tuple[str, str]]]:
-    """(views, (file, reason) of the pictures that are too small for any).
+) -> tuple[list[View], list[LeftOut]]:
+    """(views, the pictures that are too small for any).
 
     Args:
         step_px: what sides are multiples of, where the settings of a folder do not say.
@@ -23,23 +62,25 @@ def make_views(
     Raises:
         DataError: some are too small and `bad` is 'fail', or nothing is left to train on.
     """
-    views, too_small = [], []
+    views: list[View] = []
+    too_small = []
     for picture in found.pictures:
-        options = picture.options
-        step = options.bucket_step_px or step_px
         try:
-            for resolution_px in options.resolution_px:
-                crop = fit(
-                    picture.size_px, resolution_px, step, options.max_aspect_ratio, options.upscale
-                )
-                views.append(View(picture, crop))
+            views += views_of(picture, step_px)
         except TooSmall as error:
-            too_small.append((str(picture.file), str(error)))
+            too_small.append(LeftOut(picture.file, f"{error}."))
     if too_small and bad == "fail":
-        raise DataError([f"'{file}' {reason}." for file, reason in too_small])
+        raise DataError(
+            [f"'{one.file}' {one.reason}" for one in too_small[:MOST_SHOWN]] + _more(len(too_small))
+        )
     if all(view.picture.options.kind != "training" for view in views):
         raise DataError("No picture is left to train on.")
     return views, too_small
+
+
+def _more(count: int) -> list[str]:
+    rest = count - MOST_SHOWN
+    return [f"... and {rest} more pictures that are too small."] if rest > 0 else []
 
 
 def describe_buckets(views: Sequence[View]) -> str:
