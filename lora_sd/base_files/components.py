@@ -55,10 +55,13 @@ class Part:
 
     def fill(self, module: nn.Module, device: torch.device) -> None:
         """Read the weights again from the files into a module that has none."""
+        # All room is taken first: between what stays, each tensor read would leave a hole.
         tensors = {
-            key: self.files.tensor(name).to(device, self.dtype)
-            for key, name in self._names(module).items()
+            key: torch.empty_like(tensor, dtype=self.dtype, device=device)
+            for key, tensor in module.state_dict().items()
         }
+        for key, name in self._names(module).items():
+            tensors[key].copy_(self.files.tensor(name))
         module.load_state_dict(tensors, assign=True)
 
     def holds(self, module: nn.Module) -> bool:
