@@ -1,5 +1,6 @@
 """Base models as files: read tensor by tensor, or refused in a sentence."""
 
+import json
 import shutil
 
 import pytest
@@ -126,6 +127,8 @@ def test_a_hub_id_is_found_in_the_cache(model_folder, tmp_path, monkeypatch):
     refused("some/model", "no base model 'some/model' on this machine yet")
     snapshot = cached(model_folder, tmp_path, "some/model")
     assert_same_tensors(open_base("some/model"), open_base(str(model_folder)))
+    (snapshot / "unet" / "config.json").unlink()
+    refused("some/model", "in part only", "'unet/config.json' is missing")
     shutil.rmtree(snapshot / "vae")
     refused("some/model", "in part only", "diffusion_pytorch_model.safetensors' is missing")
 
@@ -194,6 +197,29 @@ def test_inpainting_models_are_refused(model_folder, tmp_path):
         "an inpainting model",
         "9 channels",
     )
+
+
+@pytest.mark.parametrize(
+    "channels, said",
+    [(5, "a depth-to-image model"), (8, "an InstructPix2Pix model"), (3, "3 channels")],
+)
+def test_models_that_are_given_more_than_noise_are_refused(model_folder, tmp_path, channels, said):
+    conv_in = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(8, channels, 3, 3)}
+    path = save_single_file(open_base(str(model_folder)), tmp_path / "one.safetensors", **conv_in)
+    refused(path, said)
+
+
+def test_sdxl_s_refiner_is_refused(model_folder, tmp_path):
+    more = {"conditioner.embedders.0.model.ln_final.weight": torch.ones(4)}
+    path = save_single_file(open_base(str(model_folder)), tmp_path / "one.safetensors", **more)
+    refused(path, "SDXL's refiner")
+
+
+def test_folders_of_other_kinds_of_model_are_refused(model_folder, tmp_path):
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (other / "model_index.json").write_text(json.dumps(index))
+    refused(other, "is a FluxPipeline", "only Stable Diffusion 1, 2 and XL")
 
 
 def test_unknown_number_formats_are_refused(model_folder, tmp_path):

@@ -167,6 +167,19 @@ def test_a_folder_loads_frozen_and_in_evaluation_mode(folder):
     assert base.prediction_type == "epsilon" and base.resolution_px == 16
 
 
+def test_sd_2_s_size_follows_from_what_it_predicts(bases):
+    """Of a single file, which does not say it; a folder does."""
+    base = load(bases["sd2"][1])
+    assert base.resolution_px == 16
+    files = base.sources["unet"].files
+    files.__dict__["family"] = "sd21"
+    files.__dict__["_packed"] = {}
+    assert base.resolution_px == 512
+    base.set_prediction_type("v_prediction")
+    assert base.resolution_px == 768
+    assert base.noise_schedule().config.prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_what_is_released_leaves_memory_and_comes_back_bit_for_bit(bases, kind):
     base = load(bases[kind][1])
@@ -188,6 +201,8 @@ def test_what_is_released_leaves_memory_and_comes_back_bit_for_bit(bases, kind):
     base.restore()
     after = states(base)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    base.vae.encoder.conv_in.bias.data += 1  # what is back is not read again
+    assert not torch.equal(base.encode_picture(pixels)[0], latents[0])
     assert not any(weight.requires_grad for weight in base.text_encoder.parameters())
 
 
