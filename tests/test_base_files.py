@@ -201,7 +201,7 @@ def test_inpainting_models_are_refused(model_folder, tmp_path):
 
 @pytest.mark.parametrize(
     "channels, said",
-    [(5, "a depth-to-image model"), (8, "an InstructPix2Pix model"), (3, "3 channels")],
+    [(5, "a depth-to-image"), (8, "an InstructPix2Pix"), (3, "3 channels")],
 )
 def test_models_that_are_given_more_than_noise_are_refused(model_folder, tmp_path, channels, said):
     conv_in = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(8, channels, 3, 3)}

@@ -57,7 +57,7 @@ class Part:
         """Read the weights again from the files into a module that has none."""
         # All room is taken first: between what stays, each tensor read would leave a hole.
         tensors = {
-            key: torch.empty_like(tensor, dtype=self.dtype, device=device)
+            key: torch.empty(tensor.shape, dtype=self.dtype, device=device)
             for key, tensor in module.state_dict().items()
         }
         for key, name in self._names(module).items():
