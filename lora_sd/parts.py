@@ -5,12 +5,13 @@ it is a convolution. Names of layers are as in `adapter`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Size
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+FIRST_ENCODER = re.compile(r"text_encoder\.text_model\.encoder\.layers\.(\d+)\.")
 BLOCKS = (*(f"down.{n}" for n in range(4)), "mid", *(f"up.{n}" for n in range(4)))
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -34,6 +35,21 @@ def block_of(name: str) -> str:
     if not found:
         return REST
     return found[3] or f"{found[1]}.{found[2]}"
+
+
+def unread_layers(names: Iterable[str], clip_skip: int = 1) -> set[str]:
+    """Layers of the first text encoder that come behind the one whose output the UNet reads: an
+    adapter in them would learn nothing. SDXL reads the last but one; of its second encoder, which
+    also gives the pooled output, all is read.
+
+    Args:
+        names: full layer names of the whole model.
+    """
+    names = list(names)
+    is_sdxl = any(component_of(name) == "text_encoder_2" for name in names)
+    numbers = {name: int(found[1]) for name in names if (found := FIRST_ENCODER.match(name))}
+    last_read = max(numbers.values(), default=0) - (1 if is_sdxl else clip_skip - 1)
+    return {name for name, number in numbers.items() if number > last_read}
 
 
 def is_conv(weight_shape: Sequence[int] | Size) -> bool:

@@ -21,7 +21,7 @@ from lora_sd.data.picture_set import LeftOut, PictureSet, load_picture
 from lora_sd.data.training_data import TrainingData
 from lora_sd.data.views import View, describe_buckets
 from lora_sd.generate import OnStep
-from lora_sd.run_record import StopRequest
+from lora_sd.run_record import RunRecord, StopRequest
 
 PROBED = 4
 INDEX = "pictures.json"
@@ -38,11 +38,10 @@ def read_pictures(config: Config, stop: StopRequest, undrawn_too: bool = True) -
         DataError: pictures or captions cannot be used; all at once.
     """
     folders = [one for one in folder_options(config) if undrawn_too or not one.class_pictures]
-    with tqdm(desc="reading pictures", unit="picture", leave=False, delay=2.0) as bar:
+    with _bar("reading pictures") as bar:
 
         def count(done: int, of: int) -> bool:
-            bar.total = of
-            bar.update(done - bar.n)
+            _show(bar, done, of)
             if stop.requested:
                 raise KeyboardInterrupt
             return False
@@ -132,6 +131,26 @@ def describe(
     return lines
 
 
-def progress(what: str, is_main: bool) -> tqdm:
-    """A bar for long work before the first step."""
+def encode(data: TrainingData, record: RunRecord, stop: StopRequest, is_main: bool) -> list[str]:
+    """Encode what the store lacks, with a bar and signs of life; sentences on it.
+
+    A request to stop ends it after the next picture.
+    """
+    with _bar("encoding", is_main) as bar:
+
+        def count(done: int, of: int) -> bool:
+            _show(bar, done, of)
+            record.beat(f"encoding {done} of {of}")
+            return stop.requested
+
+        return data.encode(count)
+
+
+def _bar(what: str, is_main: bool = True) -> tqdm:
+    """A bar for work before the first step, where that takes more than a moment."""
     return tqdm(desc=what, unit="picture", leave=False, delay=2.0, disable=not is_main)
+
+
+def _show(bar: tqdm, done: int, of: int) -> None:
+    bar.total = of
+    bar.update(done - bar.n)

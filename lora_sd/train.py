@@ -6,12 +6,17 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from torch import Tensor
@@ -34,7 +39,7 @@ from lora_sd.data.views import check_resolutions, make_views
 from lora_sd.errors import EXIT_RESUMABLE, ConfigError, Problems, RunError
 from lora_sd.formats import fitting_format, load_adapter, save_adapter
 from lora_sd.layers import LayerOptions, LoRALayer
-from lora_sd.parts import TEXT_ENCODERS, component_of
+from lora_sd.parts import TEXT_ENCODERS, component_of, unread_layers
 from lora_sd.randomness import seed_at
 from lora_sd.run_folder import RunFolder, create_run
 from lora_sd.run_record import RunRecord, StopRequest
@@ -61,8 +66,11 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
     options = config.train
     accelerator = Accelerator(
         mixed_precision=_precision(options.mixed_precision),
-        kwargs_handlers=[  # a layer that is left out has no gradient
-            DistributedDataParallelKwargs(find_unused_parameters=config.adapter.module_dropout > 0)
+        kwargs_handlers=[
+            # A layer that is left out has no gradient.
+            DistributedDataParallelKwargs(find_unused_parameters=config.adapter.module_dropout > 0),
+            # The others wait while one process draws, encodes or saves.
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
         ],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -74,7 +82,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
     problems = Problems()
     layer_options = LayerOptions(**config.adapter.layer_options())
     bad, max_tokens = config.data.bad_pictures, config.data.max_tokens
-    pictures = None
+    pictures, told = None, []
     with problems.gathered():
         pictures = run_data.read_pictures(config, stop, undrawn_too=False)
     with problems.gathered():
@@ -85,11 +93,13 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             if pictures is not None:
                 check_resolutions(run_data.folder_options(config), base.size_step_px)
                 views, too_small = make_views(pictures, base.size_step_px, bad)
-                told = prediction_type.check(base, *run_data.probe(base, views, max_tokens))
+                if resumed is None or not base.prediction_type_is_known:
+                    told = prediction_type.check(base, *run_data.probe(base, views, max_tokens))
         adapted = base.components if config.adapter.text_encoder else {"unet": base.unet}
-        plans = layer_choice.choose_layers(
-            layer_names.layer_shapes(adapted), **config.adapter.layer_choice()
-        )
+        shapes = layer_names.layer_shapes(adapted)
+        for name in unread_layers(shapes, base.clip_skip):
+            del shapes[name]
+        plans = layer_choice.choose_layers(shapes, **config.adapter.layer_choice())
         planned = layer_choice.planned_adapter(plans, layer_options)
         file_format, format_notices = fitting_format(planned, config.output.format)
         if config.output.format not in ("auto", file_format):
@@ -153,15 +163,9 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                     checkpoint.save(run, step, adapter, state, identity, keep)
                 accelerator.wait_for_everyone()
 
-        @torch.no_grad()
-        def validation_loss() -> float:
-            base.eval()
-            found = []
-            with accelerator.autocast():
-                for batch in data.held_out_batches():
-                    errors = _errors(base, noise_schedule, batch.to(device), max_tokens)
-                    found.append(float(errors.mean()))
-            return sum(found) / len(found)
+        def is_to_stop() -> bool:
+            """Whether any of the processes was asked to: all leave the loop at the same step."""
+            return float(accelerator.reduce(torch.tensor(float(stop.requested)).to(device))) > 0
 
         # --- what stays the same while training: latents, text embeddings, the noise schedule ---
         log.info("Run folder: %s", run.path)
@@ -182,17 +186,9 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             max_tokens=max_tokens,
             learns_text=trains_text,
         )
-        told += pictures.notices
         record.state("starting", "encoding the pictures", step)
-        with accelerator.main_process_first(), run_data.progress("encoding", is_main) as bar:
-
-            def encoded(done: int, of: int) -> bool:
-                bar.total = of
-                bar.update(done - bar.n)
-                record.beat(f"encoding {done} of {of}")
-                return stop.requested
-
-            told += data.encode(encoded)
+        with accelerator.main_process_first():
+            told += pictures.notices + run_data.encode(data, record, stop, is_main)
         data.release()
         for notice in told:
             log.warning("Note: %s", notice)
@@ -209,17 +205,19 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         optimizer = accelerator.prepare_optimizer(optimizer)
         samples = sample_settings(config, base, run.name)
         sample_every = config.sample.every_steps if samples else 0
-        if sample_every and step == 0:
+        stopping = is_to_stop()
+        if sample_every and step == 0 and not stopping:
             with record.during("sampling", "drawing the base's pictures"):
                 draw_samples(base, run, 0, samples, accelerator, beat)
             data.release()
-        if data.held_out and step == 0:
-            log.info("Validation loss of the base: %.4f", validation_loss())
+        if data.held_out and step == 0 and not stopping:
+            first = _validation_loss(base, noise_schedule, data, max_tokens, accelerator)
+            log.info("Validation loss of the base: %.4f", first)
 
         # --- the loop ---
         started = time.monotonic()
         record.training_from(step)
-        while step < options.steps and not stop.requested:
+        while step < options.steps and not is_to_stop():
             base.unet.train()
             for encoder in base.text_encoders:
                 encoder.train(trains_text)
@@ -254,16 +252,16 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             optimizer.zero_grad()
             step += 1
             more = {}
-            if data.held_out and (
-                step % options.validate_every_steps == 0 or step == options.steps
-            ):
-                more["validation_loss"] = validation_loss()
+            if data.held_out and _is_due(step, options.validate_every_steps, options.steps):
+                more["validation_loss"] = _validation_loss(
+                    base, noise_schedule, data, max_tokens, accelerator
+                )
             record.step(step, loss_value, lr, grad_norm, step_pictures, more)
 
             # --- now and then: a checkpoint, sample pictures ---
-            if step % config.output.save_every_steps == 0 or step == options.steps:
+            if _is_due(step, config.output.save_every_steps, options.steps):
                 save()
-            if sample_every and (step % sample_every == 0 or step == options.steps):
+            if sample_every and _is_due(step, sample_every, options.steps):
                 with record.during("sampling", f"drawing samples of step {step}"):
                     draw_samples(base, run, step, samples, accelerator, beat)
                 data.release()
@@ -291,6 +289,11 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         return 0
 
 
+def _is_due(step: int, every: int, last: int) -> bool:
+    """Whether what is done every so many steps, and after the last one, is to be done now."""
+    return step % every == 0 or step == last
+
+
 def _errors(
     base: BaseModel,
     schedule: DDPMScheduler,
@@ -311,6 +314,24 @@ def _errors(
     target = loss.prediction_target(schedule, batch.latents, batch.noise, batch.timesteps)
     predicted = base.predict(noisy, batch.timesteps, text, batch.time_ids, unet)
     return loss.squared_error(predicted, target, batch.mask)
+
+
+@torch.no_grad()
+def _validation_loss(
+    base: BaseModel,
+    schedule: DDPMScheduler,
+    data: TrainingData,
+    max_tokens: int,
+    accelerator: Accelerator,
+) -> float:
+    """The mean loss on the validation pictures, with noise and timesteps that stay the same."""
+    base.eval()
+    with accelerator.autocast():
+        found = [
+            float(_errors(base, schedule, batch.to(base.device), max_tokens).mean())
+            for batch in data.held_out_batches()
+        ]
+    return sum(found) / len(found)
 
 
 def _parameter_groups(layers: dict[str, LoRALayer], config: Config) -> list[dict[str, Any]]:

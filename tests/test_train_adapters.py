@@ -17,6 +17,7 @@ from lora_sd.config import config_from_values
 from lora_sd.errors import EXIT_RESUMABLE, ConfigError, UserError
 from lora_sd.formats import load_adapter
 from lora_sd.layer_names import layer_shapes
+from lora_sd.parts import unread_layers
 from lora_sd.run_folder import RunFolder
 
 KINDS = {
@@ -161,3 +162,14 @@ def test_the_announced_size_is_the_file_s(run_settings):
     tensors = load_file(run.adapter_file)
     stored = sum(4 * one.numel() for key, one in tensors.items() if "alpha" not in key)
     assert announced == round(stored / 1e6, 1)
+
+
+def test_layers_that_nothing_reads_are_not_adapted(run_settings, base):
+    run_settings["adapter"]["text_encoder"] = True
+    names = load_adapter(train(run_settings).adapter_file, layer_shapes(base.components)).layers
+    assert any(".layers.0." in name for name in names)
+    sd1 = [f"text_encoder.text_model.encoder.layers.{n}.mlp.fc1" for n in range(12)]
+    sdxl = [*sd1, *(name.replace("text_encoder", "text_encoder_2") for name in sd1)]
+    assert unread_layers(sd1) == set()
+    assert unread_layers(sd1, clip_skip=3) == set(sd1[-2:])
+    assert unread_layers(sdxl) == unread_layers(sdxl, clip_skip=3) == {sd1[-1]}
