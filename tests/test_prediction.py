@@ -173,7 +173,20 @@ def test_the_metadata_of_a_bake_is_read_back(tmp_path):
     with safe_open(single, "pt") as file:
         assert "unet/config.json" in json.loads(file.metadata()[METADATA_KEY])
     assert find_prediction(open_base(str(single))) == Prediction(V, True, False)
+
+
+def test_damaged_or_wicked_metadata_is_refused(tmp_path):
+    single = save_single_file(make_base("sd2", tmp_path / "base"), tmp_path / "one.safetensors")
     tensors = load_file(single)
-    save_file(tensors, single, {METADATA_KEY: "["})
-    with pytest.raises(BaseModelError, match="is damaged"):
-        open_base(str(single)).config("unet")
+    with safe_open(single, "pt") as file:
+        files = json.loads(file.metadata()[METADATA_KEY])
+    for wrong in (
+        "[",
+        json.dumps([]),
+        json.dumps({}),
+        json.dumps(files | {"unet/config.json": "["}),
+        json.dumps(files | {"tokenizer/../../x": "written elsewhere"}),
+    ):
+        save_file(tensors, single, {METADATA_KEY: wrong})
+        with pytest.raises(BaseModelError, match="is damaged"):
+            open_base(str(single)).config("unet")

@@ -87,10 +87,13 @@ def unpacked(metadata: Mapping[str, str], name: str) -> dict[str, str]:
     """
     if METADATA_KEY not in metadata:
         return {}
+    known = {*map(config_file, COMPONENTS)}
+    known |= {f"{name}/{file}" for name in TOKENIZERS for file in TOKENIZER_FILES}
     try:
         files = json.loads(metadata[METADATA_KEY])
-        if isinstance(files, dict) and all(isinstance(text, str) for text in files.values()):
-            return files
-    except ValueError:
+        whole = all(isinstance(json.loads(files[config_file(c)]), dict) for c in COMPONENTS[:3])
+        if whole and files.keys() <= known:  # other names could be paths to anywhere
+            return dict(files)
+    except (ValueError, TypeError, LookupError, AttributeError):
         pass
-    raise BaseModelError(f"'{name}' is damaged: '{METADATA_KEY}' in its metadata is no JSON.")
+    raise BaseModelError(f"'{name}' is damaged: '{METADATA_KEY}' in its metadata cannot be read.")
