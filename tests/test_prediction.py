@@ -183,8 +183,8 @@ def test_damaged_or_wicked_metadata_is_refused(tmp_path):
     for wrong in (
         "[",
         json.dumps([]),
-        json.dumps({}),
         json.dumps(files | {"unet/config.json": "["}),
+        json.dumps(files | {"scheduler/scheduler_config.json": "[]"}),
         json.dumps(files | {"tokenizer/../../x": "written elsewhere"}),
     ):
         save_file(tensors, single, {METADATA_KEY: wrong})

@@ -87,11 +87,11 @@ def unpacked(metadata: Mapping[str, str], name: str) -> dict[str, str]:
     """
     if METADATA_KEY not in metadata:
         return {}
-    known = {*map(config_file, COMPONENTS)}
-    known |= {f"{name}/{file}" for name in TOKENIZERS for file in TOKENIZER_FILES}
+    configs = {*map(config_file, COMPONENTS)}
+    known = configs | {f"{name}/{file}" for name in TOKENIZERS for file in TOKENIZER_FILES}
     try:
         files = json.loads(metadata[METADATA_KEY])
-        whole = all(isinstance(json.loads(files[config_file(c)]), dict) for c in COMPONENTS[:3])
+        whole = all(isinstance(json.loads(files[one]), dict) for one in configs & files.keys())
         if whole and files.keys() <= known:  # other names could be paths to anywhere
             return dict(files)
     except (ValueError, TypeError, LookupError, AttributeError):
