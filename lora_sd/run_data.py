@@ -12,12 +12,13 @@ from lora_sd.base_model import BaseModel, TextEmbedding
 from lora_sd.config import Config
 from lora_sd.data.augment import Variant, apply
 from lora_sd.data.buckets import time_ids
-from lora_sd.data.cache import DiskStore, MemoryStore, Store, to_pixels
+from lora_sd.data.cache import to_pixels
 from lora_sd.data.captions import plain_caption
 from lora_sd.data.class_pictures import draw_missing
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.picture_set import LeftOut, PictureSet, load_picture
+from lora_sd.data.store import DiskStore, MemoryStore, Store
 from lora_sd.data.training_data import TrainingData
 from lora_sd.data.views import View, describe_buckets
 from lora_sd.generate import OnStep

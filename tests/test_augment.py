@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from lora_sd.data.augment import choose, draw_variant, variant_count
+from lora_sd.data.augment import apply, choose, variant_count
 from lora_sd.data.buckets import TooSmall, fit
 from lora_sd.data.folder_options import FolderOptions
 
@@ -21,6 +21,12 @@ def noise(size):
     """A picture of which no two parts are alike."""
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     return Image.fromarray(values)
+
+
+def draw_variant(picture, mask, crop, options, number, seed):
+    """(the picture, its mask, the crop that was used) of a variant."""
+    variant = choose(picture.size, crop, options, number, seed)
+    return *apply(variant, picture, mask), variant.crop
 
 
 def close(one, other, most):

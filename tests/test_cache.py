@@ -14,20 +14,14 @@ from test_store import is_same
 
 from lora_sd.base_model import load_base_model
 from lora_sd.data import cache
-from lora_sd.data.augment import draw_variant, drawn_crop, variant_count
+from lora_sd.data.augment import apply, choose_variant, drawn_crop, variant_count
 from lora_sd.data.buckets import fit
-from lora_sd.data.cache import (
-    DiskStore,
-    MemoryStore,
-    View,
-    encode_captions,
-    encode_views,
-    latent_key,
-    text_key,
-    to_pixels,
-)
-from lora_sd.data.folder import load_picture, read_folders
+from lora_sd.data.cache import encode_captions, encode_views, latent_key, text_key, to_pixels
+from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
+from lora_sd.data.picture_set import load_picture
+from lora_sd.data.store import DiskStore, MemoryStore
+from lora_sd.data.views import View
 from lora_sd.errors import DataError, UserError
 
 SIDE_PX = 24
@@ -78,14 +72,13 @@ def test_entries_are_what_the_vae_gives_for_the_crop(base, folder):
     for view in views:
         picture, mask = load_picture(view.picture)
         for number in range(3):
-            seed = int(view.picture.sha256[:15], 16)
-            options = view.picture.options
-            drawn, _, crop = draw_variant(picture, mask, view.crop, options, number, seed)
+            variant = choose_variant(view.picture, view.crop, number)
+            drawn, _ = apply(variant, picture, mask)
             mean, deviation = base.encode_picture(to_pixels(drawn)[None])
             entry = store.get(latent_key(view, number, base))
             assert torch.equal(entry["mean"], mean[0]) and mean.dtype == torch.float32
             assert torch.equal(entry["deviation"], deviation[0])
-            assert crop == drawn_crop(view.picture, view.crop, number)
+            assert variant.crop == drawn_crop(view.picture, view.crop, number)
             assert ("mask" in entry) == (view.picture.name == "0.png")
 
 

@@ -15,8 +15,9 @@ import scan_speed
 from PIL import Image
 
 from lora_sd.data import scan
-from lora_sd.data.folder import load_picture, read_folders
+from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
+from lora_sd.data.picture_set import load_picture
 from lora_sd.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # pytest undoes our filter
@@ -276,7 +277,7 @@ def test_masks_are_no_pictures_and_are_used_where_asked_for(cats):
     assert found.pictures[0].mask == cats / "0-mask.png"
     assert load_picture(found.pictures[0])[1].size == (8, 8)
     assert load_picture(found.pictures[1])[1] is None
-    assert told(found, "without a mask", ": 3 ")
+    assert told(found, "have no mask", ": 3 ")
 
 
 def test_a_mask_of_nearly_the_same_shape_is_scaled_and_of_another_refused(cats):
@@ -512,3 +513,9 @@ def test_a_name_that_is_no_unicode_is_named(cats):
     shutil.copy(cats / "0.png", os.fsencode(cats) + b"/caf\xe9.png")
     (problem,) = problems(cats, caption="x")
     assert "caf\\udce9.png" in problem and problem.isprintable()
+
+
+def test_a_caption_that_is_no_unicode_is_not_called_missing(cats):
+    (cats / "1.txt").unlink()
+    with pytest.raises(DataError, match="1.png' has a caption that is no Unicode"):
+        read(cats, caption="caf\udce9")

@@ -139,8 +139,9 @@ def test_the_first_frame_of_an_animation_is_used_and_said(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
     for name in ("p.webp", "p.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
-        picture, notice = read_image(tmp_path / name)
-        assert picture.getpixel((0, 0)) == (255, 255, 255) and "first frame" in notice
+        read = images.decode((tmp_path / name).read_bytes())
+        assert read.rgb.getpixel((0, 0)) == (255, 255, 255)
+        assert "first frame" in read.facts.notices[0]
 
 
 def test_a_phone_s_jpeg_with_further_pictures_inside_is_no_animation():

@@ -8,9 +8,9 @@ import torch
 from conftest import PICTURE_PX
 from PIL import Image
 
-from lora_sd.data.cache import MemoryStore
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
+from lora_sd.data.store import MemoryStore
 from lora_sd.data.training_data import TrainingData
 from lora_sd.data.views import make_views
 from lora_sd.errors import DataError

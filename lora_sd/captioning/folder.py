@@ -107,7 +107,7 @@ def _caption(
     pictures: list[tuple[Task, Image.Image]] = []
     for task in batch:
         try:
-            pictures.append((task, read_image(task.picture)[0]))
+            pictures.append((task, read_image(task.picture)))
         except UnreadableImage as error:
             result.left_out.append((task.picture, str(error)))
     captions = captioner.captions([picture for _, picture in pictures]) if pictures else []

@@ -65,20 +65,6 @@ def choose(size_px: Size, crop: Crop, options: FolderOptions, number: int, seed:
     return Variant(crop, mirrored, colours)
 
 
-def draw_variant(
-    picture: Image.Image,
-    mask: Image.Image | None,
-    crop: Crop,
-    options: FolderOptions,
-    number: int,
-    seed: int,
-) -> tuple[Image.Image, Image.Image | None, Crop]:
-    """(the picture in RGB, its mask, the crop that was used): variant `number`, of the size
-    `crop.size_px`."""
-    variant = choose(picture.size, crop, options, number, seed)
-    return *apply(variant, picture, mask), variant.crop
-
-
 def apply(
     variant: Variant, picture: Image.Image, mask: Image.Image | None
 ) -> tuple[Image.Image, Image.Image | None]:

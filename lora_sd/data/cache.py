@@ -17,14 +17,10 @@ from torch import Tensor
 from lora_sd.base_model import BaseModel
 from lora_sd.data.augment import Variant, apply, choose_variant, variant_count
 from lora_sd.data.picture_set import Picture, load_picture
-from lora_sd.data.store import DiskStore, MemoryStore, Store
+from lora_sd.data.store import Store
 from lora_sd.data.views import View
 from lora_sd.errors import DataError, shown_list
 
-__all__ = [
-    "DiskStore", "MemoryStore", "Store", "View", "encode_captions", "encode_views", "latent_key",
-    "text_key", "to_pixels",
-]  # fmt: skip
 FORMAT = 1  # of entries and how they are made: another number makes all anew
 MOST_READERS = 8  # threads that prepare pictures for a GPU
 BYTES_PER_CHANNEL = 24  # that a VAE takes for each pixel; 22 were measured with SD 1.5's

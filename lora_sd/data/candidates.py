@@ -52,8 +52,10 @@ class Found:
             caption = source = ""
             try:
                 caption, source = sources.of(name)
-                if not source or not is_unicode(caption):
+                if not source:
                     problems.append(Finding(file, NO_CAPTION))
+                elif not is_unicode(caption):  # of a setting, or the whole folder's name
+                    problems.append(Finding(file, "has a caption that is no Unicode"))
             except UnreadableCaption as error:
                 problems.append(error.of(file, "has a caption that "))
             if options.masks == "file":
@@ -77,7 +79,7 @@ class Found:
             ("Pictures that share their name, and so a caption, with another", shared),
             ("Other files, not looked at", listing.others),
             (f"Mask files, not used as data.masks is '{options.masks}'", off),
-            ("Pictures without a mask, of which all counts", without_mask),
+            ("Pictures that have no mask and count wholly", without_mask),
         ):
             if names:
                 counted = f"{len(names)} ({shown_list(names)})"

@@ -11,11 +11,9 @@ from lora_sd.data.findings import Finding, sentences
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import SUFFIXES, WHOLLY_TRANSPARENT
 from lora_sd.data.listing import Listing, list_folder
-from lora_sd.data.picture_set import LeftOut, Picture, PictureSet, load_picture
+from lora_sd.data.picture_set import LeftOut, Picture, PictureSet
 from lora_sd.data.scan import Index, Job, Scanned, scan
 from lora_sd.errors import DataError, shown_list
-
-__all__ = ["Picture", "PictureSet", "load_picture", "read_folders"]
 
 MASK_SHAPE_TOLERANCE = 0.01  # of width / height: masks drawn at another size are rounded
 
@@ -133,9 +131,7 @@ def _assembled(
     left_out += [LeftOut(one.file, one.why, on_purpose=True) for one in found.unused]
     notices = list(found.notices)
     if opaque:
-        notices.append(
-            f"Pictures without an alpha channel as a mask, of which all counts: {opaque}."
-        )
+        notices.append(f"Pictures that have no alpha channel and count wholly: {opaque}.")
     notices += (
         sentences(oddities) + _about_content(pictures) + ([index_notice] if index_notice else [])
     )

@@ -139,14 +139,13 @@ def decode_mask(data: bytes) -> Image.Image:
     return mask
 
 
-def read_image(path: Path) -> tuple[Image.Image, str]:
-    """(the picture in RGB on white, a notice or '').
+def read_image(path: Path) -> Image.Image:
+    """A picture in RGB on white.
 
     Raises:
         UnreadableImage: as `read_bytes` and `examine`.
     """
-    decoded = decode(read_bytes(path))
-    return decoded.rgb, "; ".join(decoded.facts.notices)
+    return decode(read_bytes(path)).rgb
 
 
 def _load(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:

@@ -17,9 +17,10 @@ from lora_sd import loss
 from lora_sd.base_model import BaseModel, TextEmbedding
 from lora_sd.data.augment import drawn_crop, variant_count
 from lora_sd.data.buckets import time_ids
-from lora_sd.data.cache import Store, encode_captions, encode_views, latent_key, text_key
+from lora_sd.data.cache import encode_captions, encode_views, latent_key, text_key
 from lora_sd.data.captions import draw_caption, plain_caption, varies
 from lora_sd.data.order import Order, Seen
+from lora_sd.data.store import Store
 from lora_sd.data.views import View
 from lora_sd.errors import DataError
 from lora_sd.randomness import generator, seed_at

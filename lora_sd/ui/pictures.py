@@ -90,7 +90,7 @@ def captioned(folder: Path) -> list[tuple[Path, str]]:
 def preview(file: Path) -> Image.Image | None:
     """A small copy of a picture, in its shape; None when it cannot be read."""
     try:
-        picture = read_image(file)[0]
+        picture = read_image(file)
     except UnreadableImage:
         return None
     picture.thumbnail((PREVIEW_PX, PREVIEW_PX), Image.Resampling.LANCZOS)
