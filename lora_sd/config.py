@@ -110,8 +110,6 @@ class PerFolderGroup(Group):
     several, each picture is shown at each."""
     max_aspect_ratio: float = Field(2.0, ge=1, le=8, allow_inf_nan=False)
     """Longest shape, as long side / short side; longer pictures are cut. 1: squares only."""
-    bucket_step_px: int | None = Field(None, ge=8, le=512, multiple_of=8)
-    """Sides of the training pictures are multiples of it. Empty: as the base model wants it."""
     upscale: bool = False
     """Enlarge pictures that are smaller than the resolution; else they are shown at their own
     size."""

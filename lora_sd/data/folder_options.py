@@ -25,7 +25,6 @@ class FolderOptions:
     wildcards: bool = False
     resolution_px: tuple[int, ...] = (64,)
     max_aspect_ratio: float = 2.0
-    bucket_step_px: int | None = None
     upscale: bool = False
     flip: bool = False
     crop_jitter: float = 0.0

@@ -209,11 +209,11 @@ def make_report(
 def _views(picture: Picture, step_px: int) -> tuple[CheckedView, ...]:
     """The picture at each of its resolutions; raises TooSmall."""
     options = picture.options
-    step, longest = options.bucket_step_px or step_px, options.max_aspect_ratio
+    longest = options.max_aspect_ratio
     views = []
     for resolution_px, view in zip(options.resolution_px, views_of(picture, step_px), strict=True):
         crop = view.crop
-        full = fit(picture.size_px, resolution_px, step, longest, upscale=True)
+        full = fit(picture.size_px, resolution_px, step_px, longest, upscale=True)
         left, top, right, bottom = crop.box
         area = (right - left) * (bottom - top)
         views.append(

@@ -22,18 +22,14 @@ class View:
 
 
 def check_resolutions(folders: Sequence[FolderOptions], step_px: int) -> None:
-    """Raises ConfigError when a resolution is below the step of picture sizes.
-
-    Args:
-        step_px: what the base wants sides to be multiples of; a folder's settings may say another.
-    """
-    for one in folders:
-        step = one.bucket_step_px or step_px
-        if min(one.resolution_px) < step:
-            raise ConfigError(
-                f"'data.resolution_px' is {min(one.resolution_px)}, and the base wants sides that "
-                f"are multiples of {step} px: set {step} or more."
-            )
+    """Raises ConfigError when a resolution is below `step_px`, of which the base wants sides to be
+    multiples."""
+    smallest = min(side for one in folders for side in one.resolution_px)
+    if smallest < step_px:
+        raise ConfigError(
+            f"'data.resolution_px' is {smallest}, and the base wants sides that are multiples of "
+            f"{step_px} px: set {step_px} or more."
+        )
 
 
 def views_of(picture: Picture, step_px: int) -> list[View]:
@@ -43,9 +39,9 @@ def views_of(picture: Picture, step_px: int) -> list[View]:
         TooSmall: it has no size to train at.
     """
     options = picture.options
-    step, longest = options.bucket_step_px or step_px, options.max_aspect_ratio
+    longest = options.max_aspect_ratio
     return [
-        View(picture, fit(picture.size_px, resolution_px, step, longest, options.upscale))
+        View(picture, fit(picture.size_px, resolution_px, step_px, longest, options.upscale))
         for resolution_px in options.resolution_px
     ]
 
@@ -56,7 +52,7 @@ def make_views(
     """(views, the pictures that are too small for any).
 
     Args:
-        step_px: what sides are multiples of, where the settings of a folder do not say.
+        step_px: what sides are multiples of.
         bad: 'fail' or 'skip': what to do about those that are too small.
 
     Raises:

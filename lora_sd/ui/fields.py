@@ -27,7 +27,6 @@ LABELS = {
     "data.max_tokens": "Longest caption (tokens)",
     "data.resolution_px": "Resolution (px)",
     "data.max_aspect_ratio": "Longest shape (long / short side)",
-    "data.bucket_step_px": "Sides are multiples of (px)",
     "data.upscale": "Enlarge small pictures",
     "data.background": "Background of transparent pictures",
     "data.bad_pictures": "Pictures that cannot be used",

@@ -13,7 +13,7 @@ MAIN_FIELDS = (
     "sample.prompts",
 )  # fmt: skip
 DATA_GROUPS = {
-    "Pictures": ("max_aspect_ratio", "bucket_step_px", "background", "bad_pictures", "upscale"),
+    "Pictures": ("max_aspect_ratio", "background", "bad_pictures", "upscale"),
     "Captions": (
         "caption_fallback", "max_tokens", "caption_prefix", "caption_suffix", "caption_dropout",
         "tag_dropout", "shuffle_tags", "wildcards", "keep_tags",
