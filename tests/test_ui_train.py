@@ -130,14 +130,19 @@ def test_uploads_become_a_data_set_with_the_captions_of_the_table(
     assert started.problems == [] and started.run == "forest"
     saved = handlers.outputs / "datasets" / "forest"
     assert sorted(file.name for file in saved.iterdir()) == [
-        "fox.png", "fox.txt", "my-owl.png", "my-owl.txt",
+        "fox.png", "fox.txt", "my owl.png", "my owl.txt",
     ]  # fmt: skip
     assert (saved / "fox.txt").read_text() == "a red fox\n"
-    assert (saved / "my-owl.txt").read_text() == "an owl\n"
+    assert (saved / "my owl.txt").read_text() == "an\nowl\n"
     assert "mine/forest" in [one.id for one in handlers.folders()]
     wait_for(lambda: handlers.trainer.current() is None)
     again = handlers.start(form(handlers), "upload", None, sent)
     assert again.problems == ["There is a data set 'forest' already. Choose another name."]
+
+
+def saved_upload(handlers: TrainHandlers, folder: Path, name: str = "forest") -> Path:
+    uploads = pictures.match_uploads(sorted(folder.iterdir()))
+    return pictures.save_folder(handlers.outputs, name, uploads).path
 
 
 def test_uploaded_masks_stay_with_their_pictures(handlers: TrainHandlers, tmp_path: Path) -> None:
@@ -146,17 +151,44 @@ def test_uploaded_masks_stay_with_their_pictures(handlers: TrainHandlers, tmp_pa
     for name in ("my fox.png", "my fox-mask.png", "own-mask.png"):
         Image.new("L", (80, 64), len(name)).save(folder / name)
     (folder / "my fox.caption").write_text("a fox")
-    uploads = pictures.match_uploads(sorted(folder.iterdir()))
-    assert [(one.name, one.caption, one.mask is not None) for one in uploads] == [
-        ("my fox.png", "a fox", True),
-        ("own-mask.png", "", False),
-    ]
-    saved = pictures.save_folder(handlers.outputs, "forest", uploads).path
+    saved = saved_upload(handlers, folder)
     assert sorted(file.name for file in saved.iterdir()) == [
-        "my-fox-mask.png", "my-fox.png", "my-fox.txt", "own-mask.png",
+        "my fox-mask.png", "my fox.png", "my fox.txt", "own-mask.png",
     ]  # fmt: skip
-    with Image.open(saved / "my-fox-mask.png") as mask:
+    assert [(file.name, caption) for file, caption in pictures.captioned(saved)] == [
+        ("my fox.png", "a fox"),
+        ("own-mask.png", ""),
+    ]
+    with Image.open(saved / "my fox-mask.png") as mask:
         assert mask.getpixel((0, 0)) == len("my fox-mask.png")
+
+
+def test_no_uploaded_picture_becomes_the_mask_of_another(
+    handlers: TrainHandlers, tmp_path: Path
+) -> None:
+    folder = tmp_path / "uploaded"
+    folder.mkdir()
+    for name in ("fox.png", "fox mask.png", "fox (mask).png"):
+        Image.new("RGB", (80, 64)).save(folder / name)
+    saved = saved_upload(handlers, folder)
+    assert {file.name for file, _ in pictures.captioned(saved)} == {
+        file.name for file in folder.iterdir()
+    }
+
+
+def test_uploads_are_paired_as_training_pairs_them(handlers: TrainHandlers, tmp_path: Path) -> None:
+    folder = tmp_path / "uploaded"
+    folder.mkdir()
+    for name in ("u\u0308bung.png", "owl.png"):  # a letter with its dots beside it
+        Image.new("RGB", (80, 64)).save(folder / name)
+    (folder / "\u00fcbung.txt").write_text("{a fox\n|an owl}\n\nin  ink\n")
+    (folder / "metadata.jsonl").write_text('{"file_name": "owl.png", "text": "an owl"}\n')
+    saved = saved_upload(handlers, folder)
+    assert [caption for _, caption in pictures.captioned(saved)] == [
+        "an owl",
+        "{a fox |an owl} in ink",
+    ]
+    assert (saved / "u\u0308bung.txt").read_text() == "{a fox\n|an owl}\nin ink\n"
 
 
 @pytest.fixture
@@ -217,15 +249,22 @@ def test_data_sets_have_safe_names(handlers: TrainHandlers, tmp_path: Path, name
 
 def test_bad_uploads_are_named_all_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "u"
-    folder.mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
-    Image.new("RGB", (8, 8)).save(folder / "a.jpg")
-    for name in ("broken.png", "notes.pdf", "lonely.txt"):
+    for name in ("a.png", "a.jpg", "again/b.png", "b.png", ".hidden.png", "c.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    for name in ("broken.png", "notes.pdf", "lonely.txt", "moving.gif"):
         (folder / name).write_text("text")
+    (folder / "c.txt").write_text(" ")
     with pytest.raises(DataError) as caught:
-        pictures.match_uploads(sorted(folder.iterdir()))
-    said = " ".join(caught.value.problems)
-    assert all(word in said for word in ("'a'", "'broken.png'", "'notes.pdf'", "'lonely.txt'"))
+        pictures.match_uploads(sorted(file for file in folder.rglob("*") if file.is_file()))
+    said = caught.value.problems
+    assert len(said) == 9
+    for name in (
+        "a.png", "a.jpg", "b.png", ".hidden.png", "c.png", "broken.png", "notes.pdf", "lonely.txt",
+        "moving.gif",
+    ):  # fmt: skip
+        assert sum(f"'{name}'" in sentence for sentence in said) == 1, name
+    assert not any("/" in sentence for sentence in said)
 
 
 @pytest.mark.parametrize("run", ["../run", "", None, 3, "no-such-run"])

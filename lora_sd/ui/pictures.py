@@ -1,9 +1,10 @@
 """Folders of training pictures: the ones offered, and new ones made from uploads."""
 
-import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -11,10 +12,11 @@ from PIL import Image
 from lora_sd.data import caption_files
 from lora_sd.data.caption_files import UnreadableCaption
 from lora_sd.data.caption_sources import CaptionSources
+from lora_sd.data.findings import Finding, sentences
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import SUFFIXES, UnreadableImage, read_image
-from lora_sd.data.listing import MASK_ENDINGS, Listing, list_folder
-from lora_sd.errors import DataError, shown_list
+from lora_sd.data.listing import Listing, list_folder, stem_key
+from lora_sd.errors import DataError
 from lora_sd.run_folder import NAME_PATTERN
 from lora_sd.ui.launch import PROJECT
 
@@ -22,6 +24,8 @@ MOST_FILES = 2_000
 MOST_CAPTION = 2_000  # characters
 PREVIEWS = 10
 PREVIEW_PX = 160
+TEXTS = {*caption_files.SUFFIXES, *(Path(name).suffix for name in caption_files.METADATA)}
+RENAME = "Give them different names."
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,9 @@ class PictureFolder:
 
 @dataclass(frozen=True)
 class Upload:
-    """An uploaded picture where Gradio put it, under its name, with its caption and its mask."""
+    """An uploaded picture where Gradio put it, with its caption and its mask."""
 
     file: Path
-    name: str
     caption: str
     mask: Path | None = None
 
@@ -98,59 +101,56 @@ def preview(file: Path) -> Image.Image | None:
 
 
 def match_uploads(files: Sequence[Path]) -> list[Upload]:
-    """Pictures with the captions of the .txt or .caption files, and the '-mask' pictures, of the
-    same name.
+    """Pictures with the captions and masks that training would find for them in one folder.
 
     Raises:
-        DataError: files that are neither or cannot be read, two of one name, or too many: all
+        DataError: files that cannot be read or would not be used, two of one name, or too many: all
             problems at once.
     """
     if len(files) > MOST_FILES:
         raise DataError(f"{len(files)} files are more than the {MOST_FILES} of one upload.")
-    problems: list[str] = []
-    images: dict[str, Path] = {}
-    texts: dict[str, Path] = {}
-    for file in files:
-        kind = file.suffix.lower()
-        place = images if kind in SUFFIXES else texts if kind in caption_files.SUFFIXES else None
-        if place is None:
-            problems.append(f"'{file.name}' is neither a picture ({_kinds()}) nor a .txt file.")
-        elif file.stem in place:
-            problems.append(f"There are two files '{file.stem}': give them different names.")
-        else:
-            place[file.stem] = file
-    lonely = sorted(file.name for stem, file in texts.items() if stem not in images)
-    if lonely and images:
-        problems.append(f"No picture belongs to {shown_list(lonely)}.")
-    for file in images.values():
+    problems: list[Finding] = []
+    uploads: list[Upload] = []
+    by_name: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for file in files:
+            if by_name.setdefault(file.name, file) is not file:
+                problems.append(Finding(file, "is there twice", advice=RENAME))
+            elif file.suffix.lower() in TEXTS and file.is_file():
+                shutil.copyfile(file, folder / file.name)
+            else:  # the name tells what belongs to what
+                (folder / file.name).touch()
+        listing = list_folder(folder)
+        sources = CaptionSources(listing, FolderOptions(folder, wildcards=True))
+        for name in listing.pictures:
+            mask = listing.masks.get(stem_key(name))
+            try:
+                caption, _ = sources.of(name)
+                uploads.append(Upload(by_name[name], caption, by_name[mask] if mask else None))
+            except UnreadableCaption as error:
+                problems.append(error.of(by_name[name], "has a caption that "))
+        lonely, _ = sources.unclaimed(listing.pictures)
+    stems = Counter(map(stem_key, listing.pictures))
+    for name in [*listing.pictures, *listing.masks.values()]:
+        file = by_name[name]
+        if stems[stem_key(name)] > 1:
+            reason = "shares its name, and so its caption, with another picture"
+            problems.append(Finding(file, reason, advice=RENAME))
         try:
             read_image(file)
         except UnreadableImage as error:
-            problems.append(f"'{file.name}' {error}.")
-    captions: dict[str, str] = {}
-    for stem, file in texts.items():
-        try:
-            captions[stem] = caption_files.read_own(file)
-        except UnreadableCaption as error:
-            problems.append(f"'{file.name}' {error}.")
+            problems.append(Finding(file, error.reason, error.detail))
+    kinds = ", ".join(sorted(SUFFIXES))
+    for reason, names in (
+        ("belongs to no picture", lonely),
+        (f"is neither a picture ({kinds}) nor a caption (.txt)", listing.others),
+    ):
+        problems += [Finding(Path(name), reason) for name in names]
+    problems += listing.problems + listing.notices + sources.problems + sources.notices
     if problems:
-        raise DataError(problems)
-    masks = _masks(images)
-    return [
-        Upload(file, file.name, captions.get(stem, ""), masks.get(stem))
-        for stem, file in sorted(images.items())
-        if file not in masks.values()
-    ]
-
-
-def _masks(images: Mapping[str, Path]) -> dict[str, Path]:
-    """The pictures that are masks of others, by the name of those."""
-    return {
-        stem: images[stem + ending]
-        for stem in images
-        for ending in reversed(MASK_ENDINGS)  # the first counts
-        if stem + ending in images
-    }
+        raise DataError(sentences([replace(one, file=Path(one.file.name)) for one in problems]))
+    return uploads
 
 
 def save_folder(outputs: Path, name: str, uploads: Sequence[Upload]) -> PictureFolder:
@@ -173,18 +173,12 @@ def save_folder(outputs: Path, name: str, uploads: Sequence[Upload]) -> PictureF
     except FileExistsError:
         raise DataError(f"There is a data set '{name}' already. Choose another name.") from None
     try:
-        for number, upload in enumerate(uploads, start=1):
-            stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(upload.name).stem).strip("-")[:60]
-            stem = stem or f"picture-{number:03d}"
-            while any(target.glob(f"{stem}.*")):
-                stem += f"-{number}"
-            shutil.copyfile(upload.file, target / (stem + upload.file.suffix.lower()))
-            if upload.mask:
-                mask = stem + MASK_ENDINGS[0] + upload.mask.suffix.lower()
-                shutil.copyfile(upload.mask, target / mask)
-            caption = " ".join(upload.caption.split())
-            if caption:
-                (target / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8")
+        for upload in uploads:
+            for file in filter(None, (upload.file, upload.mask)):
+                shutil.copyfile(file, target / file.name)
+            if caption := caption_files.tidy(upload.caption, keep_lines=True):
+                text = (target / upload.file.name).with_suffix(".txt")
+                text.write_text(caption + "\n", encoding="utf-8")
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
@@ -201,7 +195,3 @@ def _listing(folder: Path) -> Listing:
 
 def _pictures(number: int) -> str:
     return "1 picture" if number == 1 else f"{number:,} pictures"
-
-
-def _kinds() -> str:
-    return ", ".join(sorted(SUFFIXES))

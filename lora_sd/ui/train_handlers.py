@@ -236,10 +236,12 @@ def _with_captions(uploads: Sequence[Upload], table: object) -> list[Upload]:
         if isinstance(row, list) and len(row) == 2 and all(isinstance(cell, str) for cell in row)
     }
     problems = [
-        f"The caption of '{upload.name}' is too long: at most {pictures.MOST_CAPTION} characters."
-        for upload in uploads
-        if len(written.get(upload.name, "")) > pictures.MOST_CAPTION
+        f"The caption of '{name}' is too long: at most {pictures.MOST_CAPTION} characters."
+        for name, caption in written.items()
+        if len(caption) > pictures.MOST_CAPTION
     ]
     if problems:
         raise DataError(problems)
-    return [replace(upload, caption=written.get(upload.name, upload.caption)) for upload in uploads]
+    return [
+        replace(upload, caption=written.get(upload.file.name, upload.caption)) for upload in uploads
+    ]
