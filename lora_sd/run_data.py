@@ -9,12 +9,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_sd.base_model import BaseModel, TextEmbedding
+from lora_sd.class_pictures import draw_missing
 from lora_sd.config import Config
 from lora_sd.data.augment import Variant, apply
 from lora_sd.data.buckets import time_ids
 from lora_sd.data.cache import to_pixels
 from lora_sd.data.captions import plain_caption
-from lora_sd.data.class_pictures import draw_missing
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.picture_set import LeftOut, PictureSet, load_picture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_sd.data.class_pictures import count_readable, draw_missing
+from lora_sd.class_pictures import count_readable, draw_missing
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.errors import DataError
@@ -46,7 +46,7 @@ def test_a_missing_folder_is_filled_with_the_caption(base, options):
 
 
 def test_a_stopped_run_goes_on_with_the_same_pictures(base, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_sd.data.class_pictures.PIXELS_IN_A_BATCH", 2 * 16**2)
+    monkeypatch.setattr("lora_sd.class_pictures.PIXELS_IN_A_BATCH", 2 * 16**2)
     told = []
 
     def stop(drawn: int, of: int) -> bool:
