@@ -54,33 +54,24 @@ def encode_views(base: BaseModel, views: Sequence[View], store: Store, *, on_don
             pictures are not finite numbers; all at once, after the others are done.
         UserError: the store cannot be written.
     """
-    wanted: dict[str, tuple[_Source, Variant]] = {}
-    sources: dict[Picture, _Source] = {}
-    for view in views:
-        source = sources.setdefault(view.picture, _Source(view.picture))
-        for number in range(variant_count(view.picture.options)):
-            variant = choose_variant(view.picture, view.crop, number)
-            wanted[_latent_key(view.picture, variant, base)] = source, variant
-    for source, _ in wanted.values():
-        source.uses += 1
+    wanted = _wanted(views, base)
     in_parallel = base.device.type == "cpu" and base.vae.dtype == torch.float32
     encoding = contextlib.nullcontext() if in_parallel else threading.Lock()
     changed: set[str] = set()
     broken: set[str] = set()
 
     def encode(key: str) -> bool:
-        source, variant = wanted[key]
+        source, variant = wanted.pop(key)
+        if store.get(key) is not None:
+            return False
         try:
-            if store.get(key) is not None:
-                return False
             drawn, mask = apply(variant, *source.load())
         except DataError as error:
             changed.update(error.problems)
             return False
-        finally:
-            source.used()
+        pixels = to_pixels(drawn)[None]
         with encoding:
-            mean, deviation = base.encode_picture(to_pixels(drawn)[None])
+            mean, deviation = base.encode_picture(pixels)
         if not (torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
             broken.add(str(source.picture.file))
             return False
@@ -149,11 +140,10 @@ def to_pixels(picture: Image.Image) -> Tensor:
 
 
 class _Source:
-    """A picture that is read when it is first needed, and let go after its last use."""
+    """A picture that is read when it is first needed; it goes with what refers to the source."""
 
     def __init__(self, picture: Picture) -> None:
         self.picture = picture
-        self.uses = 0
         self._lock = threading.Lock()
         self._loaded: tuple[Image.Image, Image.Image | None] | None = None
 
@@ -163,11 +153,16 @@ class _Source:
                 self._loaded = load_picture(self.picture)
             return self._loaded
 
-    def used(self) -> None:
-        with self._lock:
-            self.uses -= 1
-            if not self.uses:
-                self._loaded = None
+
+def _wanted(views: Sequence[View], base: BaseModel) -> dict[str, tuple[_Source, Variant]]:
+    """Every variant of every view by its key, in the order of the views."""
+    sources = {view.picture: _Source(view.picture) for view in views}
+    wanted = {}
+    for view in views:
+        for number in range(variant_count(view.picture.options)):
+            variant = choose_variant(view.picture, view.crop, number)
+            wanted[_latent_key(view.picture, variant, base)] = sources[view.picture], variant
+    return wanted
 
 
 def _latent_key(picture: Picture, variant: Variant, base: BaseModel) -> str:
