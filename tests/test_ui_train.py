@@ -1,6 +1,7 @@
 """The Train tab: its handlers, and what it shows of a run."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,18 @@ def test_bad_uploads_are_named_all_at_once(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert sum(f"'{name}'" in sentence for sentence in said) == 1, name
     assert not any("/" in sentence for sentence in said)
+
+
+def test_the_layers_shown_are_those_that_training_adapts(handlers: TrainHandlers) -> None:
+    def text_layers(**changes: Any) -> int:
+        shown = handlers.layers(form(handlers, **changes))
+        assert not shown.problems
+        found = re.findall(r"(\d+) x text_encoder", shown.table)
+        return sum(map(int, found))
+
+    assert text_layers() == 0
+    both = text_layers(adapter__text_encoder=True)
+    assert text_layers(adapter__text_encoder=True, base__clip_skip=2) == both / 2 > 0
 
 
 @pytest.mark.parametrize("run", ["../run", "", None, 3, "no-such-run"])

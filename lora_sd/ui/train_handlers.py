@@ -102,14 +102,16 @@ class TrainHandlers:
         from lora_sd.base_files import open_base
         from lora_sd.formats import fitting_format
         from lora_sd.layers import LayerOptions
+        from lora_sd.parts import unread_layers
 
         try:
             config = fields.config_from_form(form)
             base = open_base(config.base.model)
+            unread = unread_layers(base.shapes, config.base.clip_skip)
             wanted = {
                 name: shape
                 for name, shape in base.shapes.items()
-                if config.adapter.text_encoder or name.startswith("unet.")
+                if name.startswith("unet.") or (config.adapter.text_encoder and name not in unread)
             }
             plans = layer_choice.choose_layers(wanted, **config.adapter.layer_choice())
         except UserError as error:
