@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import warnings
 
 import icc_profiles as icc
@@ -49,6 +51,18 @@ def test_the_camera_s_rotation_is_applied_and_the_size_is_the_upright_one(kind, 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0garbage", b"nothing of the sort", b""])
 def test_damaged_exif_data_leaves_a_picture_as_it_is(exif):
     assert one_colour(encoded(Image.new("RGB", (8, 8)), "JPEG", exif=exif)) == (0, 0, 0)
+
+
+def test_pillow_s_warnings_of_damaged_exif_data_are_not_shown(tmp_path):
+    exif = b"Exif\0\0II*\0garbage"
+    (tmp_path / "p.jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG", exif=exif))
+    code = (
+        "import sys; from lora_sd.data import images; images.decode(open(sys.argv[1], 'rb').read())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "p.jpg")], capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("background", "seen"), [("white", 255), ("black", 0), ("#404040", 64)])

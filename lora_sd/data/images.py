@@ -4,6 +4,7 @@ Pillow opens far more than it reads well: `verify()` passes a JPEG cut in half, 
 transparent pixels show their hidden colour, and the camera's rotation is ignored unless asked for.
 """
 
+import contextlib
 import io
 import os
 import stat
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp"}
@@ -29,13 +30,6 @@ BEGINNINGS = [
     (0, b"\0\0\0\x0cjP  ", "JPEG 2000"), (0, b"v/1\x01", "OpenEXR"),
     (0, b"<svg", "SVG"), (0, b"%PDF", "PDF"),
 ]  # fmt: skip
-ORIENTATION = 0x0112  # the EXIF tag
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-
 WHOLLY_TRANSPARENT = "is wholly transparent: only the background shows"
 
 OUR_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"BM")
@@ -105,9 +99,7 @@ def examine(data: bytes) -> Facts:
         UnreadableImage: damaged, cut short, too large, or of a kind that is not read.
     """
     image, notices = _load(data)
-    width, height = image.size
-    turned = _orientation(image) in (5, 6, 7, 8)
-    return Facts((height, width) if turned else (width, height), _has_alpha(image), notices)
+    return Facts(image.size, _has_alpha(image), notices)
 
 
 def decode(data: bytes, background: str = "white") -> Decoded:
@@ -121,9 +113,6 @@ def decode(data: bytes, background: str = "white") -> Decoded:
     """
     image, notices = _load(data)
     rgb, alpha = _to_rgb(image, background)
-    turn = UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        rgb, alpha = rgb.transpose(turn), alpha.transpose(turn) if alpha else None
     return Decoded(rgb, alpha, Facts(rgb.size, alpha is not None, notices))
 
 
@@ -149,7 +138,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _load(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    """(the decoded picture as it is stored, notices)."""
+    """(the decoded picture, upright, in the colours it is stored in; notices)."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
@@ -171,6 +160,8 @@ def _load(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
         raise UnreadableImage("is damaged or cut short", str(error)) from None
     if image.mode in ("I", "F"):
         raise UnreadableImage("has 32-bit pixels; save it with 8 bits a channel")
+    with contextlib.suppress(Exception):  # of damaged EXIF data; viewers show such a picture as is
+        ImageOps.exif_transpose(image, in_place=True)
     _scale_transparency(image, rawmode)
     notices = ["is animated: its first frame is used"] if animated else []
     if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema() == (0, 0):
@@ -190,13 +181,6 @@ def _what_it_is(data: bytes) -> str:
     if data.startswith(OUR_BEGINNINGS):
         return "is damaged or cut short"
     return f"is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF data raises anything, and viewers show such a picture as it is
-        return 1
 
 
 def _scale_transparency(image: Image.Image, rawmode: object) -> None:
