@@ -11,9 +11,14 @@ from make_captioners import TAGS, make_blip, make_florence, make_tagger
 from PIL import Image
 
 from lora_sd.captioning.folder import caption_folder, find_tasks
-from lora_sd.captioning.opening import CaptioningError, find_captioner
+from lora_sd.captioning.opening import (
+    CaptioningError,
+    SentenceChoice,
+    TagChoice,
+    find_captioner,
+)
 from lora_sd.captioning.sentences import SentenceCaptioner
-from lora_sd.captioning.tags import TagCaptioner, TagChoice, prepared, read_tags, readable
+from lora_sd.captioning.tags import TagCaptioner, prepared, read_tags, readable
 from lora_sd.errors import UserError
 
 CPU = torch.device("cpu")
@@ -36,7 +41,7 @@ def pictures() -> list[Image.Image]:
 
 
 def sentences(models: dict[str, Path], kind: str, detail: str = "short", most: int = 12):
-    return SentenceCaptioner(find_captioner(str(models[kind])), detail, most, CPU)
+    return SentenceCaptioner(find_captioner(str(models[kind])), SentenceChoice(detail, most), CPU)
 
 
 def tagger(folder: Path, **choice) -> TagCaptioner:
@@ -83,10 +88,10 @@ def test_weights_that_are_not_there_are_no_captions(models, kind, tmp_path):
     del tensors[name]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CaptioningError, match="lacks 1 of its weights"):
-        SentenceCaptioner(find_captioner(str(folder)), "short", 5, CPU)
+        SentenceCaptioner(find_captioner(str(folder)), SentenceChoice(), CPU)
     (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CaptioningError, match="cannot be loaded"):
-        SentenceCaptioner(find_captioner(str(folder)), "short", 5, CPU)
+        SentenceCaptioner(find_captioner(str(folder)), SentenceChoice(), CPU)
 
 
 def test_models_that_cannot_be_used_are_told(models, tmp_path):
@@ -120,7 +125,7 @@ def test_tags_are_over_their_thresholds_characters_first(models):
 
 
 def test_ratings_and_excluded_tags(models):
-    captioner = tagger(models["tags"], rating=True, excluded=("blue_sky", "^_^"))
+    captioner = tagger(models["tags"], rating=True, exclude=("blue_sky", "^_^"))
     blue = captioner.captions(pictures())[2].split(", ")
     assert blue[-1] == "general" and "sensitive" not in blue
     assert "blue sky" not in blue and "^_^" not in blue

@@ -42,11 +42,11 @@ def test_every_kind_captions_a_folder(folder: Path, models: dict[str, str], kind
 
 
 def test_options_reach_the_model(folder: Path, models: dict[str, str]) -> None:
-    caption(folder, models["tags"], options={"threshold": 0.0, "rating": True, "exclude": "^_^"})
+    caption(folder, models["tags"], threshold=0.0, rating=True, exclude=("^_^",))
     everything = (folder / "white.txt").read_text().strip().split(", ")
     assert {"blue sky", "white background", "general"} <= set(everything)
     assert "^_^" not in everything
-    caption(folder, models["blip"], overwrite=True, options={"max_tokens": 3})
+    caption(folder, models["blip"], overwrite=True, max_tokens=3)
     assert len((folder / "white.txt").read_text().split()) <= 3
 
 
@@ -54,16 +54,16 @@ def test_options_of_another_kind_of_model_are_no_wish_to_pass_over(
     folder: Path, models: dict[str, str]
 ) -> None:
     with pytest.raises(ConfigError, match="has no option --threshold"):
-        caption(folder, models["blip"], options={"threshold": 0.5, "max_tokens": 5})
+        caption(folder, models["blip"], threshold=0.5, max_tokens=5)
     with pytest.raises(ConfigError, match="has no option --detail"):
-        caption(folder, models["tags"], options={"detail": "long"})
+        caption(folder, models["tags"], detail="long")
     assert not list(folder.glob("*.txt"))
 
 
 def test_numbers_out_of_range_are_told_at_once(folder: Path) -> None:
     wrong = {"threshold": 2.0, "character_threshold": float("nan"), "max_tokens": 0}
     with pytest.raises(ConfigError) as caught:
-        caption(folder, "no/model", batch_size=0, options=wrong)
+        caption(folder, "no/model", batch_size=0, **wrong)
     assert len(caught.value.problems) == 4
 
 
@@ -78,13 +78,19 @@ def test_a_folder_with_all_captions_needs_no_model(folder: Path) -> None:
 
 
 def test_the_program_says_what_came_of_it(folder: Path, models: dict[str, str]) -> None:
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lora_sd", "caption", str(folder)]
+        command += ["--model", models["tags"], *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
     (folder / "broken.png").write_bytes(b"no picture")
-    command = [sys.executable, "-m", "lora_sd", "caption", str(folder), "--model", models["tags"]]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = run("--threshold", "0", "--exclude", "blue_sky, ^_^")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("3 captions written, 0 pictures had theirs already.")
     assert "broken.png' is not a PNG" in ended.stdout and ended.stderr == ""
-    ended = subprocess.run(
-        [*command, "--treshold", "0.3"], capture_output=True, text=True, timeout=120
-    )
+    written = (folder / "blue.txt").read_text()
+    assert "white background" in written and "blue sky" not in written and "^_^" not in written
+    ended = run("--treshold", "0.3")
     assert ended.returncode == 2 and "Did you mean '--threshold'?" in ended.stderr
+    ended = run("--overwrite", "--detail", "long", "--rating")
+    assert ended.returncode == 2 and ended.stderr.count("has no option") == 1

@@ -12,12 +12,18 @@ from lora_sd.errors import UserError
 
 TAGS_FILE = "selected_tags.csv"
 TAGGER_FILE = "model.onnx"
-SENTENCE_KINDS = ("blip", "florence2")
-EXAMPLES = (
-    "Salesforce/blip-image-captioning-large",
-    "florence-community/Florence-2-base",
-    "SmilingWolf/wd-swinv2-tagger-v3",
-)
+EXAMPLES = {
+    "blip": "Salesforce/blip-image-captioning-large",
+    "florence2": "florence-community/Florence-2-base",
+    "tags": "SmilingWolf/wd-swinv2-tagger-v3",
+}
+"""A model of each kind that is read."""
+DETAILS = {
+    "short": "<CAPTION>",
+    "detailed": "<DETAILED_CAPTION>",
+    "long": "<MORE_DETAILED_CAPTION>",
+}
+"""Florence-2's tasks; BLIP's captions are always short."""
 INSTALL = "`pip install -r requirements-captioning.txt` installs what is missing."
 
 
@@ -41,6 +47,36 @@ class CaptionerFiles:
     kind: Literal["blip", "florence2", "tags"]
 
 
+@dataclass(frozen=True)
+class SentenceChoice:
+    """How much a sentence says.
+
+    Attributes:
+        detail: one of DETAILS.
+        max_tokens: longest caption.
+    """
+
+    detail: str = "detailed"
+    max_tokens: int = 70
+
+
+@dataclass(frozen=True)
+class TagChoice:
+    """Which tags make a caption.
+
+    Attributes:
+        threshold: least probability of a general tag.
+        character_threshold: the same of a character's name.
+        rating: whether the likeliest rating ('general', 'sensitive', ...) is a tag too.
+        exclude: tags to leave out, with spaces or underscores.
+    """
+
+    threshold: float = 0.35
+    character_threshold: float = 0.85
+    rating: bool = False
+    exclude: tuple[str, ...] = ()
+
+
 def find_captioner(name: str) -> CaptionerFiles:
     """The files of a model by the path of a folder or by hub id; fetched where they are missing.
 
@@ -53,11 +89,11 @@ def find_captioner(name: str) -> CaptionerFiles:
         kind, weights = "tags", [TAGGER_FILE]
     else:
         kind, weights = _model_type(folder), ["*.json", "*.txt", "*.safetensors"]
-    if kind not in (*SENTENCE_KINDS, "tags"):
+    if kind not in EXAMPLES:
         found = f"is a model of kind '{kind}'" if kind else f"has no config.json and no {TAGS_FILE}"
         raise CaptioningError(
             f"'{name}' {found}. What is read: BLIP, Florence-2 in transformers' format, and WD14 "
-            f"taggers as ONNX, such as {', '.join(EXAMPLES)}."
+            f"taggers as ONNX, such as {', '.join(EXAMPLES.values())}."
         )
     if not Path(name).is_dir():
         folder = _fetch(name, weights)
@@ -87,7 +123,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         RepositoryNotFoundError,
     )
 
-    where = f"is no folder, and no model of the hub such as {', '.join(EXAMPLES)}"
+    where = f"is no folder, and no model of the hub such as {', '.join(EXAMPLES.values())}"
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, RepositoryNotFoundError):

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lora_sd.captioning.opening import CaptionerFiles, CaptioningError
+from lora_sd.captioning.opening import (
+    DETAILS,
+    EXAMPLES,
+    CaptionerFiles,
+    CaptioningError,
+    SentenceChoice,
+)
 
-DETAILS = {
-    "short": "<CAPTION>",
-    "detailed": "<DETAILED_CAPTION>",
-    "long": "<MORE_DETAILED_CAPTION>",
-}
-"""Florence-2's tasks; BLIP's captions are always short."""
 BEAMS = 3
 
 
@@ -21,17 +21,13 @@ class SentenceCaptioner:
     """A loaded BLIP or Florence-2.
 
     Args:
-        detail: one of DETAILS.
-        max_tokens: longest caption.
         device: where it runs; in half precision on a GPU.
 
     Raises:
         CaptioningError: its files are incomplete or damaged.
     """
 
-    def __init__(
-        self, files: CaptionerFiles, detail: str, max_tokens: int, device: torch.device
-    ) -> None:
+    def __init__(self, files: CaptionerFiles, choice: SentenceChoice, device: torch.device) -> None:
         from transformers import (
             AutoProcessor,
             BlipForConditionalGeneration,
@@ -55,11 +51,11 @@ class SentenceCaptioner:
             raise CaptioningError(
                 f"'{files.name}' lacks {len(missing)} of its weights, such as '{min(missing)}'. "
                 f"Download it anew; Florence-2 must be in transformers' format, as "
-                f"florence-community/Florence-2-base is."
+                f"{EXAMPLES['florence2']} is."
             )
         self._model = self._model.to(device).eval()
-        self._task = DETAILS[detail] if files.kind == "florence2" else None
-        self._max_tokens = max_tokens
+        self._task = DETAILS[choice.detail] if files.kind == "florence2" else None
+        self._max_tokens = choice.max_tokens
 
     @torch.no_grad()
     def captions(self, pictures: Sequence[Image.Image]) -> list[str]:

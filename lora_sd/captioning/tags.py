@@ -8,7 +8,6 @@ selected_tags.csv, whose column `category` is 9 for ratings, 4 for characters, 0
 import csv
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +20,11 @@ from lora_sd.captioning.opening import (
     TAGS_FILE,
     CaptionerFiles,
     CaptioningError,
+    TagChoice,
 )
 
 GENERAL, CHARACTER, RATING = 0, 4, 9
 SLOW_TO_START = {"TensorrtExecutionProvider"}  # compiles the model for minutes
-
-
-@dataclass(frozen=True)
-class TagChoice:
-    """Which tags make a caption.
-
-    Attributes:
-        threshold: least probability of a general tag.
-        character_threshold: the same of a character's name.
-        rating: whether the likeliest rating ('general', 'sensitive', ...) is a tag too.
-        excluded: tags to leave out, with spaces or underscores.
-    """
-
-    threshold: float = 0.35
-    character_threshold: float = 0.85
-    rating: bool = False
-    excluded: tuple[str, ...] = ()
 
 
 class TagCaptioner:
@@ -96,7 +79,7 @@ class TagCaptioner:
 
     def _chosen(self, probabilities: npt.NDArray[np.float32]) -> list[str]:
         order = np.argsort(-probabilities, kind="stable")
-        excluded = {readable(tag.strip()) for tag in self._choice.excluded}
+        excluded = {readable(tag.strip()) for tag in self._choice.exclude}
 
         def over(category: int, threshold: float) -> list[str]:
             return [

@@ -7,26 +7,34 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_sd.captioning.opening import (
+    DETAILS,
+    EXAMPLES,
+    Captioner,
+    CaptionerFiles,
+    SentenceChoice,
+    TagChoice,
+    find_captioner,
+)
 from lora_sd.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from lora_sd.captioning.folder import Captioned
-    from lora_sd.captioning.opening import Captioner, CaptionerFiles
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Write a .txt beside each picture that has no caption, in a folder and those inside it.
 
 The model is a folder or a hub id, which is fetched the first time:
-  BLIP         short sentences   Salesforce/blip-image-captioning-large
-  Florence-2   longer ones       florence-community/Florence-2-base
-  WD14         booru tags        SmilingWolf/wd-swinv2-tagger-v3
+  BLIP         short sentences   {EXAMPLES["blip"]}
+  Florence-2   longer ones       {EXAMPLES["florence2"]}
+  WD14         booru tags        {EXAMPLES["tags"]}
 WD14 taggers need onnxruntime: pip install -r requirements-captioning.txt
 
 A picture that has a caption keeps it. Ctrl-C stops; the same command goes on with the rest. Read
 what was written before you train on it: these models miss what is special, and make things up."""
-EXAMPLE = """\
-  python -m lora_sd caption pictures/my-cat --model florence-community/Florence-2-base
-  python -m lora_sd caption pictures/ink --model SmilingWolf/wd-swinv2-tagger-v3 \\
+EXAMPLE = f"""\
+  python -m lora_sd caption pictures/my-cat --model {EXAMPLES["florence2"]}
+  python -m lora_sd caption pictures/ink --model {EXAMPLES["tags"]} \\
       --threshold 0.4 --exclude "border, signature" --trigger inkstyle"""
 
 OPTIONS = {
@@ -35,14 +43,6 @@ OPTIONS = {
     "blip": ("max_tokens",),
 }
 """Options that only some kinds of model have."""
-DEFAULTS: dict[str, Any] = {
-    "threshold": 0.35,
-    "character_threshold": 0.85,
-    "rating": False,
-    "exclude": "",
-    "detail": "detailed",
-    "max_tokens": 70,
-}
 MOST_TOKENS = 500  # BLIP has places for 512
 
 
@@ -55,16 +55,16 @@ def caption(
     suffix: str = "",
     batch_size: int = 4,
     overwrite: bool = False,
-    options: dict[str, Any] | None = None,
     on_picture: Callable[[int, int], bool] = lambda done, of: False,
+    **options: Any,
 ) -> "Captioned":
     """Caption the pictures of a folder that have no caption.
 
     Args:
         model: a folder or a hub id.
         trigger: put in front of each caption, with a comma; prefix and suffix with a space.
-        options: those of OPTIONS that were given.
         on_picture: called with (pictures done, in all); stops when it returns True.
+        options: those of OPTIONS that are not to be as they are by default.
 
     Raises:
         ConfigError: an option is out of range, or not one of this kind of model.
@@ -73,17 +73,15 @@ def caption(
         UserError: a caption cannot be written.
     """
     from lora_sd.captioning.folder import Captioned, caption_folder, find_tasks
-    from lora_sd.captioning.opening import find_captioner
     from lora_sd.data.captions import plain_caption
     from lora_sd.data.folder_options import FolderOptions
 
-    given = {name: value for name, value in (options or {}).items() if value is not None}
-    check_ranges(given, batch_size)
+    check_ranges(options, batch_size)
     tasks, had = find_tasks(folder, overwrite)
     if not tasks:
         return Captioned(had_captions=had)
     files = find_captioner(model)
-    foreign = [name for name in given if name not in OPTIONS[files.kind]]
+    foreign = [name for name in options if name not in OPTIONS[files.kind]]
     if foreign:
         raise ConfigError([f"'{model}' has no option {flag(name)}." for name in foreign])
     words = FolderOptions(
@@ -91,7 +89,7 @@ def caption(
     )
     return caption_folder(
         folder,
-        open_captioner(files, DEFAULTS | given),
+        open_captioner(files, options),
         partial(plain_caption, options=words),
         batch_size=batch_size,
         overwrite=overwrite,
@@ -99,16 +97,12 @@ def caption(
     )
 
 
-def open_captioner(files: "CaptionerFiles", options: dict[str, Any]) -> "Captioner":
-    """Load the model with all its options."""
+def open_captioner(files: CaptionerFiles, options: dict[str, Any]) -> Captioner:
+    """Load the model with the options of its kind."""
     if files.kind == "tags":
-        from lora_sd.captioning.tags import TagCaptioner, TagChoice
+        from lora_sd.captioning.tags import TagCaptioner
 
-        excluded = tuple(tag for tag in options["exclude"].split(",") if tag.strip())
-        choice = TagChoice(
-            options["threshold"], options["character_threshold"], options["rating"], excluded
-        )
-        return TagCaptioner(files, choice)
+        return TagCaptioner(files, TagChoice(**options))
     from transformers.utils import logging
 
     from lora_sd.base_model import pick_device
@@ -116,7 +110,7 @@ def open_captioner(files: "CaptionerFiles", options: dict[str, Any]) -> "Caption
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return SentenceCaptioner(files, options["detail"], options["max_tokens"], pick_device())
+    return SentenceCaptioner(files, SentenceChoice(**options), pick_device())
 
 
 def check_ranges(options: dict[str, Any], batch_size: int) -> None:
@@ -152,29 +146,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="write anew what is in .txt files already"
     )
-    sentences = parser.add_argument_group("BLIP and Florence-2")
+    # An option that was not given is not there, as one of another kind of model is refused.
+    sentence, choice = SentenceChoice(), TagChoice()
+    sentences = parser.add_argument_group("BLIP and Florence-2", argument_default=argparse.SUPPRESS)
     sentences.add_argument(
         "--detail",
-        choices=("short", "detailed", "long"),
-        help="Florence-2 alone: how much it says (default: detailed)",
+        choices=DETAILS,
+        help=f"Florence-2 alone: how much it says (default: {sentence.detail})",
     )
     sentences.add_argument(
-        "--max-tokens", type=int, metavar="N", help="longest caption (default: 70)"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"longest caption (default: {sentence.max_tokens})",
     )
-    tags = parser.add_argument_group("WD14")
+    tags = parser.add_argument_group("WD14", argument_default=argparse.SUPPRESS)
     tags.add_argument(
-        "--threshold", type=float, metavar="P", help="least probability of a tag (default: 0.35)"
+        "--threshold",
+        type=float,
+        metavar="P",
+        help=f"least probability of a tag (default: {choice.threshold})",
     )
     tags.add_argument(
         "--character-threshold",
         type=float,
         metavar="P",
-        help="the same of a character's name (default: 0.85)",
+        help=f"the same of a character's name (default: {choice.character_threshold})",
     )
+    tags.add_argument("--rating", action="store_true", help="the likeliest rating is a tag, too")
     tags.add_argument(
-        "--rating", action="store_true", default=None, help="the likeliest rating is a tag, too"
+        "--exclude",
+        type=lambda text: tuple(tag for tag in text.split(",") if tag.strip()),
+        metavar="TAGS",
+        help="tags to leave out, parted by commas",
     )
-    tags.add_argument("--exclude", metavar="TAGS", help="tags to leave out, parted by commas")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -188,17 +193,7 @@ def run(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
             return False
 
-        done = caption(
-            options.folder,
-            options.model,
-            trigger=options.trigger,
-            prefix=options.prefix,
-            suffix=options.suffix,
-            batch_size=options.batch_size,
-            overwrite=options.overwrite,
-            options={name: getattr(options, name) for name in DEFAULTS},
-            on_picture=show,
-        )
+        done = caption(**vars(options), on_picture=show)
     print(f"{len(done.written)} captions written, {done.had_captions} pictures had theirs already.")
     for picture, reason in done.left_out:
         print(f"'{printable(str(picture))}' {reason}: no caption.")
