@@ -79,6 +79,14 @@ def test_a_number_that_may_be_empty_stays_empty_through_the_form():
         fields.config_from_form(form | {"adapter.alpha": "much"})
 
 
+def test_a_share_is_set_in_hundredths() -> None:
+    steps = {
+        name: fields.component(name, 0).step
+        for name in ("data.caption_dropout", "data.crop_jitter", "train.steps", "sample.guidance")
+    }
+    assert list(steps.values()) == [0.01, 0.01, 1, 1], steps
+
+
 def test_several_resolutions_are_one_field() -> None:
     assert fields.component("data.resolution_px", [512, 768]).value == "512, 768"
     config = fields.config_from_form({"data.resolution_px": "512, 768"})

@@ -95,7 +95,8 @@ def component(name: str, value: Any, *, info: bool = True, **options: Any) -> Co
     if kind in (int, float) and _may_be_empty(name):  # Gradio's number field turns empty into 0
         return gr.Textbox("" if value is None else _plain(value), **shared)
     if kind in (int, float):
-        return gr.Number(value, **shared)
+        is_share = kind is float and (_bound(name, "le", "lt") or 2) <= 1
+        return gr.Number(value, step=0.01 if is_share else 1, **shared)
     if get_origin(kind) is list:
         by_line = get_args(kind) == (str,)
         shown = ("\n" if by_line else ", ").join(_plain(entry) for entry in value)
