@@ -10,6 +10,7 @@ from PIL import Image
 from lora_sd.data import images
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import UnreadableImage
+from lora_sd.data.room import room_for
 from lora_sd.errors import DataError
 
 
@@ -78,8 +79,9 @@ def load_picture(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
     Raises:
         DataError: the picture or its mask is no longer what was found.
     """
-    options = picture.options
-    decoded = images.decode(_same(picture.file, picture.sha256), options.background)
+    options, data = picture.options, _same(picture.file, picture.sha256)
+    with room_for(data):
+        decoded = images.decode(data, options.background)
     if picture.mask is not None:
         mask = images.decode_mask(_same(picture.mask, picture.mask_sha256))
         if mask.size != decoded.rgb.size:

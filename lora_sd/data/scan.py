@@ -16,6 +16,7 @@ from PIL import Image
 from lora_sd import durable
 from lora_sd.data import images
 from lora_sd.data.images import Facts, UnreadableImage
+from lora_sd.data.room import room_for
 from lora_sd.errors import UserError
 
 MOST_THREADS = 8
@@ -131,12 +132,13 @@ def _scan(job: Job, index: Index, inspect: Callable[[Image.Image], Any] | None) 
         known = index.get(key, sha256)
         if known and (known.problem or job.is_mask or inspect is None):
             return known
-        if job.is_mask:
-            return Scanned(sha256, key, facts=Facts(images.decode_mask(data).size, False, ()))
-        if inspect is None:
-            return Scanned(sha256, key, facts=images.examine(data))
-        decoded = images.decode(data, job.background)
-        return Scanned(sha256, key, facts=decoded.facts, inspected=inspect(decoded.rgb))
+        with room_for(data):
+            if job.is_mask:
+                return Scanned(sha256, key, facts=Facts(images.decode_mask(data).size, False, ()))
+            if inspect is None:
+                return Scanned(sha256, key, facts=images.examine(data))
+            decoded = images.decode(data, job.background)
+            return Scanned(sha256, key, facts=decoded.facts, inspected=inspect(decoded.rgb))
     except UnreadableImage as error:
         return Scanned(sha256, key, problem=(error.reason, error.detail))
     except MemoryError:  # of this moment, so not to be remembered
