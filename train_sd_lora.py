@@ -1,6 +1,7 @@
 """Train a LoRA adapter: `accelerate launch train_sd_lora.py --config configs/tiny.yaml`."""
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,13 @@ def _settings_like(line: CommandLine) -> tuple[dict[str, Any], str]:
     from lora_sd.adapter_metadata import settings_like
 
     assert line.like is not None
-    values, name = settings_like(line.like)
+    values, name, further = settings_like(line.like)
+    if further and "folders" not in line.flags.get("data", {}):
+        print(
+            f"Note: '{line.like}' was trained on {further} further folders, and this run is not: "
+            f"--data.folders adds them.",
+            file=sys.stderr,
+        )
     missing = []
     if not {"folder", "folders"} & line.flags.get("data", {}).keys():
         missing.append("where its pictures lie: add --data.folder")

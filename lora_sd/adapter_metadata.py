@@ -34,6 +34,7 @@ from lora_sd.run_folder import RunFolder
 
 CONFIG = "lora_sd.config"
 LOSS_CURVE = "lora_sd.loss_curve"
+FURTHER_FOLDERS = "lora_sd.further_folders"
 CURVE_POINTS = 100
 MOST_TAGS = 500
 THUMBNAIL_PX = 256
@@ -88,6 +89,7 @@ def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
         "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
         "lora_sd.version": __version__,
         CONFIG: json.dumps(shared_config(config), ensure_ascii=False),
+        FURTHER_FOLDERS: str(len(config.data.folders)),
     }
     if config.data.trigger_word:
         metadata["modelspec.trigger_phrase"] = config.data.trigger_word
@@ -158,8 +160,9 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     ]
 
 
-def settings_like(path: Path) -> tuple[dict[str, Any], str]:
-    """(settings, unchecked, for `config_from_values`; name) that an adapter of ours was trained by.
+def settings_like(path: Path) -> tuple[dict[str, Any], str, int]:
+    """(settings, unchecked, for `config_from_values`; name; how many of `data.folders`) that an
+    adapter of ours was trained by.
 
     Where the pictures lie is not among them, nor a base model that lies in a folder.
 
@@ -176,7 +179,12 @@ def settings_like(path: Path) -> tuple[dict[str, Any], str]:
             f"'{path}' does not say how it was trained: only adapters of this trainer do. Use "
             f"--config."
         ) from None
-    return _without_places(values), metadata.get("ss_output_name", path.stem)
+    further = metadata.get(FURTHER_FOLDERS, "0")
+    return (
+        _without_places(values),
+        metadata.get("ss_output_name", path.stem),
+        int(further) if further.isdigit() else 0,
+    )
 
 
 def shared_config(config: Config) -> dict[str, Any]:

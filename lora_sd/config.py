@@ -7,6 +7,7 @@ the rest take plain parameters.
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,16 @@ class PerFolderGroup(Group):
     the picture is not transparent."""
     unmasked_weight: float = Field(0.0, ge=0, le=1)
     """How much the rest of a masked picture counts."""
+
+    @field_validator("resolution_px")
+    @classmethod
+    def _each_once(cls, sides: list[int]) -> list[int]:
+        if len(set(sides)) < len(sides):
+            raise ValueError(
+                "a side is named twice; one number stands for all shapes of its area, so write "
+                "512 for kohya's 512,512"
+            )
+        return sides
 
 
 class FolderGroup(PerFolderGroup):
@@ -392,6 +403,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or not a mapping of settings.
     """
+    if path.suffix.lower() == ".toml":
+        raise ConfigError(
+            f"'{path}' is TOML, as kohya's tools read it; settings here are YAML. README shows "
+            f"them side by side under 'From kohya's tools'."
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _OnceOnly)
     except FileNotFoundError:
@@ -514,10 +530,7 @@ class _Parser(argparse.ArgumentParser):
         if flags:
             known = [f"--{name}" for name in setting_names()]
             raise ConfigError(
-                [
-                    f"There is no flag '{flag}'.{nearest(flag.split('=')[0], known)}"
-                    for flag in flags
-                ]
+                [f"There is no flag '{flag}'.{_hint(flag.split('=')[0], known)}" for flag in flags]
             )
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. --help lists the flags.")
 
@@ -554,10 +567,24 @@ def setting_names() -> list[str]:
 def _sentence(detail: ErrorDetails) -> str:
     """One pydantic error as a sentence that names the setting as a user writes it."""
     name = ".".join(str(part) for part in detail["loc"])
+    where, known = "", setting_names() if "." in name else list(Config.model_fields)
+    if in_list := re.fullmatch(r"data\.folders\.(\d+)(?:\.(.+))?", name):
+        folder = f"folder {int(in_list[1]) + 1}"
+        where = f" of {folder} in 'data.folders'" if in_list[2] else " in 'data.folders'"
+        name, known = in_list[2] or folder, list(FolderGroup.model_fields)
     if detail["type"] == "extra_forbidden":
-        known = setting_names() if "." in name else list(Config.model_fields)
-        return f"There is no setting '{name}'.{nearest(name, known)}"
+        return f"There is no setting '{name}'{where}.{_hint(name, known)}"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        return f"'{name}'{where} is {detail['input']!r}: write settings, as in {{folder: more/}}."
     message = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], dict):  # settings that do not go together
-        return f"'{name}': {message}."
-    return f"'{name}' is {detail['input']!r}: {message[:1].lower()}{message[1:]}."
+        return f"'{name}'{where}: {message}."
+    return f"'{name}'{where} is {detail['input']!r}: {message[:1].lower()}{message[1:]}."
+
+
+def _hint(unknown: str, known: Sequence[str]) -> str:
+    """What to say of a setting that does not exist."""
+    group, _, name = unknown.removeprefix("--").partition(".")
+    if group == "data" and name in FolderGroup.model_fields:
+        return f" Each of 'data.folders' has a '{name}' of its own."
+    return nearest(unknown, known)

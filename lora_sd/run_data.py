@@ -1,6 +1,8 @@
 """What a run trains on: its pictures read, class pictures drawn, the store that keeps what is
 encoded, and what the log says of it all."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,14 +19,18 @@ from lora_sd.data.cache import to_pixels
 from lora_sd.data.captions import plain_caption
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
-from lora_sd.data.picture_set import LeftOut, PictureSet, load_picture
+from lora_sd.data.picture_set import LeftOut, Picture, PictureSet, load_picture
 from lora_sd.data.store import DiskStore, MemoryStore, Store
 from lora_sd.data.training_data import TrainingData
-from lora_sd.data.views import View, describe_buckets
+from lora_sd.data.views import View, describe_sizes
 from lora_sd.generate import OnStep
 from lora_sd.run_record import RunRecord, StopRequest
 
 PROBED = 4
+SMALLER = 0.75  # buckets of a resolution have at least this share of its area
+SAID_WHERE_ON = (
+    "shuffle_tags", "tag_dropout", "wildcards", "flip", "crop_jitter", "colour_jitter", "masks",
+)  # fmt: skip
 INDEX = "pictures.json"
 
 
@@ -114,22 +120,70 @@ def describe(
     steps: int,
     step_pictures: int,
 ) -> list[str]:
-    """Lines for the log: what is used, repeated and left out, and how often each is seen."""
+    """Lines for the log: what each folder brings, what is left out, what an epoch shows."""
     left_out = [*found.left_out, *too_small]
-    lines = [f"Left out: '{one.file}' {one.reason}" for one in left_out]
-    kinds: dict[str, set[Path]] = {}
-    for view in [*data.shown, *data.held_out]:
-        kinds.setdefault(view.picture.options.kind, set()).add(view.picture.file)
-    used = ", ".join(f"{len(files)} for {kind}" for kind, files in kinds.items())
+    views = [*data.shown, *data.held_out]
+    lines = ["Pictures:"]
+    groups: dict[tuple[FolderOptions, str, float], list[Picture]] = {}
+    for picture in dict.fromkeys(view.picture for view in views):
+        inside = str(Path(picture.name).parent)
+        groups.setdefault((picture.options, inside, picture.repeats), []).append(picture)
+    lines += [f"  {_folder_line(*key, pictures)}" for key, pictures in groups.items()]
+    lines += [f"Left out: '{one.file}' {one.reason}" for one in left_out]
     epoch = data.order.epoch_size(0)
-    repeated = epoch - len(data.shown)
     lines.append(
-        f"Pictures: {used}; {len(left_out)} left out. An epoch shows {epoch} "
-        f"({f'{repeated} of them again' if repeated > 0 else 'each once'}), at "
-        f"{describe_buckets(data.shown)}."
+        f"{len({view.picture.file for view in views})} pictures used, {len(left_out)} left out. An "
+        f"epoch shows {epoch}: {describe_sizes(data.first_epoch())}."
     )
     lines.append(f"{steps} steps of {step_pictures}: {steps * step_pictures / epoch:.1f} epochs.")
     return lines
+
+
+def _folder_line(
+    options: FolderOptions, inside: str, repeats: float, pictures: Sequence[Picture]
+) -> str:
+    """'cats/10_sks cat': 20 for training, each 10 times an epoch; captions: 20 of .txt files"""
+    sources = Counter(_source(picture.caption_source) for picture in pictures)
+    captions = ", ".join(f"{count} of {source}" for source, count in sources.most_common())
+    if options.kind == "training":
+        often = f", each {repeats:g} times an epoch" if repeats != 1 else ""
+    else:
+        often = ", as often as all others together" if options.kind == "regularisation" else ""
+    with_ = [
+        name for name in SAID_WHERE_ON if getattr(options, name) not in (False, 0, "off", None)
+    ]
+    if options.trigger_word:
+        with_.append(f"trigger word '{options.trigger_word}'")
+    return (
+        f"'{options.folder / inside}': {len(pictures)} for {options.kind}{often}; captions: "
+        f"{captions}" + (f"; {', '.join(with_)}" if with_ else "")
+    )
+
+
+def _source(caption_source: str) -> str:
+    """Where a caption came from, without the file's name."""
+    for ending in (".txt", ".caption"):
+        if caption_source.lower().endswith(ending):
+            return f"{ending} files"
+    return caption_source
+
+
+def smaller_note(views: Sequence[View]) -> list[str]:
+    """A sentence where pictures are shown at their own size, since they are not to be enlarged."""
+    smaller = {}
+    for view in views:
+        options = view.picture.options
+        sides = options.resolution_px
+        if not options.upscale and math.prod(view.picture.size_px) < max(sides) ** 2 * SMALLER:
+            smaller[view.picture.file] = view
+    if not smaller:
+        return []
+    first = next(iter(smaller.values())).picture
+    width, height = first.size_px
+    return [
+        f"{len(smaller)} pictures are smaller than the resolution and are shown at their own size, "
+        f"such as '{first.name}' ({width} x {height}): data.upscale enlarges them."
+    ]
 
 
 def encode(data: TrainingData, record: RunRecord, stop: StopRequest, is_main: bool) -> list[str]:

@@ -188,7 +188,8 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         )
         record.state("starting", "encoding the pictures", step)
         with accelerator.main_process_first():
-            told += pictures.notices + run_data.encode(data, record, stop, is_main)
+            told += run_data.encode(data, record, stop, is_main)
+        told += pictures.notices + run_data.smaller_note(data.shown)
         data.release()
         for notice in told:
             log.warning("Note: %s", notice)

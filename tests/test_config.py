@@ -134,7 +134,10 @@ def test_folders_take_over_what_they_do_not_say_themselves():
     [
         ({"folders": [{"folder": "a", "kind": "validation"}]}, "no folder is of kind 'training'"),
         ({"folders": [{"folder": "a", "class_pictures": 5}]}, "kind: regularisation"),
-        ({"folders": [{"folder": "a", "flipp": True}]}, r"no setting 'data\.folders\.0\.flipp'"),
+        ({"folders": [{"folder": "a", "flipp": True}]}, r"'flipp' of folder 1 .*mean 'flip'\?"),
+        ({"folders": ["a"]}, r"'folder 1' in 'data\.folders' is 'a'.*folder: more"),
+        ({"repeats": 2}, "Each of 'data.folders' has a 'repeats'"),
+        ({"resolution_px": [512, 512]}, "named twice.*kohya"),
         ({"resolution_px": []}, "resolution_px"),
         ({"resolution_px": [512, 500]}, "multiple of 8"),
     ],

@@ -108,11 +108,14 @@ def test_like_an_adapter_trains_the_same_adapter_again(run_settings):
     assert hashes[0] == hashes[1]
 
 
-def test_like_says_all_that_the_file_leaves_out(run_settings, tmp_path):
+def test_like_says_all_that_the_file_leaves_out(run_settings, tmp_path, capsys):
+    kept = {"folder": run_settings["data"]["folder"], "kind": "validation"}
+    run_settings["data"]["folders"] = [kept]
     run = train(run_settings)
     with pytest.raises(ConfigError) as caught:
         train_sd_lora.main(["--like", str(run.adapter_file)])
     assert len(caught.value.problems) == 2 and "--data.folder" in str(caught.value)
+    assert "trained on 1 further folders" in capsys.readouterr().err
     (tmp_path / "x.safetensors").write_bytes(b"")
     with pytest.raises(Exception, match=r"x.safetensors' is not a safetensors file"):
         train_sd_lora.main(["--like", str(tmp_path / "x.safetensors")])

@@ -49,8 +49,11 @@ def varied(run_settings, image_folder, tmp_path):
 def test_everything_at_once_is_trained_on_and_told(varied):
     run = train(varied)
     log = run.log_file.read_text()
-    assert "6 for training, 1 for regularisation, 1 for validation; 0 left out" in log
-    assert "An epoch shows 14" in log and "32x8" in log
+    assert "5 for training; captions: 5 of .txt files; shuffle_tags, flip, masks" in log
+    assert "2_sks wall': 1 for training, each 2 times an epoch; captions: 1 of the folder's" in log
+    assert "1 for regularisation, as often as all others together" in log
+    assert "1 for validation; captions" in log
+    assert "8 pictures used, 0 left out. An epoch shows 14: 16x16: 12, 32x8: 2." in log
     measured = {m["step"]: m["validation_loss"] for m in run.read_metrics() if len(m) > 6}
     assert list(measured) == [2, 4, 6] and len(set(measured.values())) == 3
     metadata = read_header(run.adapter_file).metadata
@@ -154,7 +157,7 @@ def test_bad_pictures_stop_the_run_or_are_left_out_and_told(run_settings, image_
         train(run_settings)
     run_settings["data"]["bad_pictures"] = "skip"
     log = train(run_settings).log_file.read_text()
-    assert "Left out: " in log and "broken.png" in log and "1 left out" in log
+    assert "Left out: " in log and "broken.png" in log and "5 pictures used, 1 left out" in log
 
 
 def test_a_stop_while_encoding_goes_on_where_it_was(run_settings, image_folder, monkeypatch):
@@ -185,6 +188,16 @@ def test_the_written_config_says_the_same_again(varied):
     again = yaml.safe_load(first.config_file.read_text())
     again["output"]["name"] = "again"
     assert losses(train(again)) == losses(first)
+
+
+def test_pictures_below_the_resolution_are_told_and_enlarged_where_asked(run_settings):
+    run_settings["data"]["resolution_px"] = 32
+    log = train(run_settings).log_file.read_text()
+    assert "5 pictures are smaller" in log and "shows 5: 16x16: 5" in log
+    run_settings["data"]["upscale"] = True
+    run_settings["output"]["name"] = "enlarged"
+    log = train(run_settings).log_file.read_text()
+    assert "smaller" not in log and "shows 5: 32x32: 5" in log
 
 
 def test_samples_are_of_a_size_that_the_model_takes(run_settings):

@@ -6,6 +6,7 @@ interrupted run goes on change what is seen.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -105,6 +106,16 @@ class TrainingData:
         views = self.held_out if self.texts_vary else [*self.shown, *self.held_out]
         plain = [plain_caption(view.picture.caption, view.picture.options) for view in views]
         return list(dict.fromkeys([*plain, ""]))
+
+    def first_epoch(self) -> Counter[tuple[int, int]]:
+        """How many pictures of each size (width, height) the first epoch shows."""
+        steps = -(-self.order.epoch_size(0) // self._step_pictures)
+        return Counter(
+            self.shown[seen.item].crop.size_px
+            for step in range(steps)
+            for seen in self.order.step(step)
+            if seen.epoch == 0
+        )
 
     def encode(self, on_done: Callable[[int, int], bool]) -> list[str]:
         """Encode what the store lacks; sentences on what is cut off, or was damaged.

@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_sd.data.buckets import Crop, TooSmall, fit
+from lora_sd.data.buckets import Crop, Size, TooSmall, fit
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.picture_set import LeftOut, Picture, PictureSet
 from lora_sd.errors import ConfigError, DataError
 
-MOST_BUCKETS_SHOWN = 12
+MOST_SIZES = 12
 MOST_SHOWN = 20
 
 
@@ -79,11 +79,8 @@ def _more(count: int) -> list[str]:
     return [f"... and {rest} more pictures that are too small."] if rest > 0 else []
 
 
-def describe_buckets(views: Sequence[View]) -> str:
-    """'512x512: 12, 448x576: 8': how many views have which size, the most frequent first."""
-    counts = Counter(view.crop.size_px for view in views)
-    shown = [
-        f"{width}x{height}: {n}" for (width, height), n in counts.most_common(MOST_BUCKETS_SHOWN)
-    ]
+def describe_sizes(counts: Counter[Size]) -> str:
+    """'512x512: 12, 448x576: 8', the most frequent first."""
+    shown = [f"{width}x{height}: {n}" for (width, height), n in counts.most_common(MOST_SIZES)]
     more = len(counts) - len(shown)
     return ", ".join([*shown, f"{more} more sizes"] if more else shown)
