@@ -113,6 +113,14 @@ def probe(
     return torch.cat(latents), base.encode_text(texts, max_tokens), torch.tensor(ids)
 
 
+def describe_base(base: BaseModel) -> str:
+    """What the base was taken for."""
+    kinds = {"sd15": "Stable Diffusion 1", "sd21": "Stable Diffusion 2", "sdxl": "SDXL"}
+    family = kinds.get(base.family, "the embedded base" if base.family else "no known family")
+    end = ", zero terminal SNR" if base.zero_terminal_snr else ""
+    return f"Base model: '{base.name}': {family}, {base.prediction_type}{end}."
+
+
 def describe(
     found: PictureSet,
     data: TrainingData,

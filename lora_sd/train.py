@@ -169,6 +169,7 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
 
         # --- what stays the same while training: latents, text embeddings, the noise schedule ---
         log.info("Run folder: %s", run.path)
+        log.info("%s", run_data.describe_base(base))
         log.info("Adapted layers (preset '%s'):", config.adapter.preset)
         bytes_per_weight = getattr(torch, config.output.dtype).itemsize
         log.info("%s", layer_choice.describe(plans, layer_options, bytes_per_weight))
