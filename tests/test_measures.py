@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from lora_sd.data.measures import BLURRED, are_alike, like_earlier, measure
+from lora_sd.data.report.measures import BLURRED, are_alike, like_earlier, measure
 
 
 @cache

@@ -86,6 +86,7 @@ def test_wrong_command_lines_are_told() -> None:
         main(["check-data", "/nowhere"])
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # pytest undoes our filter
 def test_every_awkward_picture_is_in_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from lora_sd.config import config_from_values
-from lora_sd.data.report_html import page
+from lora_sd.data.report.html import page
 from lora_sd.verbs.check_data import check
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from lora_sd.data.repeats import showing_rates
 from lora_sd.randomness import generator
 
 
@@ -143,14 +144,9 @@ def _groups(
     repeats: Sequence[float], is_prior: Sequence[bool], seed: int
 ) -> list[tuple[Fraction, np.ndarray]]:
     """Items of the same repeats: (how often an epoch shows each, the items in order of phase)."""
-    rates = [Fraction(float(one)).limit_denominator(10**6) for one in repeats]
-    totals = {prior: Fraction(0) for prior in (False, True)}
-    for rate, prior in zip(rates, is_prior, strict=True):
-        totals[bool(prior)] += rate
-    scale = totals[False] / totals[True] if totals[True] else Fraction(1)
     members: dict[tuple[Fraction, bool], list[int]] = {}
-    for item, (rate, prior) in enumerate(zip(rates, is_prior, strict=True)):
-        members.setdefault((rate * scale if prior else rate, bool(prior)), []).append(item)
+    for item, rate in enumerate(showing_rates(repeats, is_prior)):
+        members.setdefault((rate, is_prior[item]), []).append(item)
     groups = []
     for number, ((rate, _), items) in enumerate(members.items()):
         # Neighbours in a folder are alike: they shall not take turns all at once.

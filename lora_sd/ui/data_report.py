@@ -12,14 +12,13 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from lora_sd.data.base_facts import base_facts
-from lora_sd.data.folder_options import FolderOptions
-from lora_sd.data.report import Report, make_report
-from lora_sd.data.report_html import page, piece
+from lora_sd.data.report.facts import Report
+from lora_sd.data.report.html import page, piece
 from lora_sd.errors import UserError
 from lora_sd.ui import fields, pictures
 from lora_sd.ui.show import sentences_html
 from lora_sd.ui.train_handlers import TrainHandlers
+from lora_sd.verbs.check_data import check
 
 MOST_DRAWN = 60
 _PROGRESS = gr.Progress()
@@ -66,9 +65,7 @@ def _report(
     form: Mapping[str, Any], folder: Path, on_picture: Callable[[int, int], bool]
 ) -> Report:
     config = fields.config_from_form({**form, "data.folder": str(folder)})
-    folders = [FolderOptions(**one) for one in config.data.folder_options()]
-    base = base_facts(config.base.model)
-    report = make_report(folders, base, config.data.max_tokens, on_picture)
+    report = check(config, on_picture)
     advice = tuple(fields.in_page_words(sentence) for sentence in report.advice)
     return dataclasses.replace(report, advice=advice)
 

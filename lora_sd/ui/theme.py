@@ -7,7 +7,7 @@ import gradio as gr
 from gradio.themes.utils import colors, sizes
 from gradio.themes.utils.fonts import LocalFont
 
-from lora_sd.data.report_html import STYLE as DATA_REPORT_STYLE
+from lora_sd.data.report.html import STYLE as DATA_REPORT_STYLE
 
 STYLE = Path(__file__).with_name("style.css")
 RED = colors.Color(

@@ -1,17 +1,17 @@
 """`check-data`: what would become of each picture of a folder, before any training."""
 
 import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_sd import durable
 from lora_sd.config import Config, config_from_values, parse_command_line, read_yaml
 from lora_sd.config import settings as known_settings
-from lora_sd.data.base_facts import base_facts
 from lora_sd.data.folder_options import FolderOptions
-from lora_sd.data.report import CheckedPicture, Report, as_json, make_report
+from lora_sd.data.report import as_json, make_report
+from lora_sd.data.report.base_facts import base_facts
+from lora_sd.data.report.facts import CheckedPicture, Report
 from lora_sd.errors import EXIT_USER_ERROR, printable, shown_size
 from lora_sd.verbs.arguments import check_output
 
@@ -63,13 +63,13 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         check_output(options.output, options.overwrite, ".html")
     config = _config(options.config, options.folder, options.settings)
-    report = check(config)
+    report = _with_bar(config)
     if options.output:
-        from lora_sd.data.report_html import page
+        from lora_sd.data.report.html import page
 
         durable.write_text(options.output, page(report))
     if options.json:
-        print(json.dumps(as_json(report), indent=2))
+        print(as_json(report))
     else:
         print("\n".join(lines(report, each_picture=not options.output)))
         if options.output:
@@ -77,12 +77,19 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if report.unusable and config.data.bad_pictures == "fail" else 0
 
 
-def check(config: Config) -> Report:
-    """The report on a run's pictures, with a progress bar on stderr where that is a terminal."""
-    from tqdm import tqdm
-
+def check(
+    config: Config, on_picture: Callable[[int, int], bool] = lambda done, of: False
+) -> Report:
+    """The report on a run's pictures; `on_picture` as for `make_report`."""
     base = base_facts(config.base.model)
     folders = [FolderOptions(**one) for one in config.data.folder_options()]
+    return make_report(folders, base, config.data.max_tokens, on_picture)
+
+
+def _with_bar(config: Config) -> Report:
+    """The report, with a progress bar on stderr where that is a terminal."""
+    from tqdm import tqdm
+
     with tqdm(desc="checking", unit="picture", leave=False, disable=None) as bar:
 
         def advance(done: int, of: int) -> bool:
@@ -90,7 +97,7 @@ def check(config: Config) -> Report:
             bar.update(done - bar.n)
             return False
 
-        return make_report(folders, base, config.data.max_tokens, advance)
+        return check(config, advance)
 
 
 def _config(file: Path | None, folder: str | None, settings: Sequence[str]) -> Config:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from lora_sd.data.report import CheckedPicture, CheckedView, Report
+from lora_sd.data.report.facts import CheckedPicture, CheckedView, Report
 
 FIRST_SHOWN = 300
 MOST_SHOWN = 1500
@@ -18,7 +18,7 @@ MOST_LEFT_OUT = 500
 MOST_TAGS = 40
 STYLE, PAGE_STYLE = (
     Path(__file__).with_name(name).read_text(encoding="utf-8")
-    for name in ("report.css", "report_page.css")
+    for name in ("report.css", "page.css")
 )
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -217,10 +217,10 @@ def _captions(report: Report) -> str:
     facts = report.captions
     said = []
     if facts.tokens:
-        fewest, median, most = facts.tokens
+        counts = facts.tokens
         said.append(
-            f"{fewest} to {most} tokens, half of them {median} or fewer; {report.max_tokens} are "
-            f"read."
+            f"{counts.fewest} to {counts.most} tokens, half of them {counts.median} or fewer; "
+            f"{report.max_tokens} are read."
         )
     if facts.on_every:
         said.append(f"On every picture: {', '.join(facts.on_every[:MOST_TAGS])}.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_sd.errors import BaseModelError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EMBEDDED = {"tiny-sd": ROOT / "assets" / "tiny-sd"}
 CLIP_TOKENIZER = ROOT / "assets" / "clip_tokenizer"
 STEPS_PX = {"sd15": 64, "sd21": 64, "sdxl": 32}

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from statistics import median_low
 
 from lora_sd.data.folder_options import FolderOptions
-from lora_sd.data.report import MOST, CaptionFacts, CheckedPicture, LeftOut
+from lora_sd.data.picture_set import LeftOut
+from lora_sd.data.report.facts import CaptionFacts, CheckedPicture, TokenCounts
 from lora_sd.errors import shown_list
 
+MOST = 0.5  # of the pictures: more than that and it is the settings
 MOST_TAGS = 200
 FEW_PICTURES = 5
 """Fewer training pictures than that are worth a word; people train subjects on 10 to 30."""
@@ -29,7 +31,7 @@ def caption_facts(pictures: Sequence[CheckedPicture]) -> CaptionFacts:
         tags.update(_tags(caption))
     same = [(text, n) for text, n in Counter(captions).most_common(MOST_TAGS) if n > 1 and text]
     return CaptionFacts(
-        tokens=(min(tokens), median_low(tokens), max(tokens)) if tokens else None,
+        tokens=TokenCounts(min(tokens), median_low(tokens), max(tokens)) if tokens else None,
         tags=tuple(tags.most_common(MOST_TAGS)),
         on_every=tuple(_on_every(captions)) if len(captions) > 1 else (),
         same=tuple(same),
