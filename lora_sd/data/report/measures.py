@@ -1,9 +1,7 @@
 """What the data report measures of one picture: likeness, sharpness, borders, a thumbnail.
 
 The thresholds are set for few false alarms: what they find may be wrong, and what they do not find
-may still be there. Each says what it saw on 29 photographs and scans (those that scikit-image,
-scikit-learn and matplotlib ship), 416 icons of Fluent Emoji (many of them variants of one face or
-person), the 24 ink drawings, and on changed copies of them.
+may still be there. docs/LOG.md has what they find of changed photographs, icons and drawings.
 """
 
 import io
@@ -23,9 +21,7 @@ STANDARD_PX = 512
 pictures are made smaller first, smaller ones are taken as they are."""
 
 BLURRED = 0.15
-"""Below this sharpness a picture may be blurred. Sharp photographs have 0.2 to 2.3 and icons 0.5 to
-1.2; one of the 29, a colour wheel without an edge, is called blurred wrongly. Of the photographs
-blurred by a Gaussian of 3 px at 512 px, 26 are found; of 2 px, 20; of 1 px, 3."""
+"""Below this sharpness a picture may be blurred; sharp photographs have 0.2 and more."""
 
 MOST_HASH_BITS = 10
 MOST_UNLIKE = 30
@@ -33,22 +29,16 @@ MOST_LIGHTER = 40
 MOST_LONGER = 1.2
 """Near-duplicates differ in at most so many of 64 bits; nowhere in shape, colour or place by more
 than so many of 255 levels, over what a shift by a 24th of the picture explains; in brightness by at
-most so many levels; and in width / height by less than this factor. Of 29 photographs' copies, 27
-or more are found that are compressed as JPEG 30, halved, made lighter or darker by a fifth, or
-blurred; 13 that are cropped by 2 %; few that are cropped more, turned or have a text over them.
-Called alike wrongly: no two of the photographs and drawings, and 9 of 86 thousand pairs of icons,
-which differ in a shade of skin or in an eye."""
+most so many levels; and in width / height by less than this factor."""
 
 BORDER_LEVELS = 10
 EDGE_LEVELS = 24
 STRAIGHT = 0.85
 NARROWEST = 0.015
 """A border is a strip along two opposite sides, each at least this share of the picture, within so
-many levels of one colour, that ends at a straight line: that share of the line differs from it by
-more than so many levels; along the other two sides there is either the same or no plain strip. A
-subject on a plain ground does not end so: none of the photographs and 5 of the 440 icons and
-drawings (cards, a flag, framed pictures) are taken for one with borders. Black bars put on the
-photographs are found at over half of them; beside dark parts they are not."""
+many levels of one colour, that ends at a straight line, as a subject's plain ground does not: that
+share of the line differs from it by more than so many levels. Along the other two sides there is
+either the same or no plain strip."""
 
 _SMALL = 24
 _HASH_PX = 32
