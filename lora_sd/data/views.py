@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_sd.data.buckets import Crop, Size, TooSmall, fit
+from lora_sd.data.findings import Finding, sentences
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.picture_set import LeftOut, Picture, PictureSet
 from lora_sd.errors import ConfigError, DataError
 
 MOST_SIZES = 12
-MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,29 @@ def check_resolutions(folders: Sequence[FolderOptions], step_px: int) -> None:
         )
 
 
-def views_of(picture: Picture, step_px: int) -> list[View]:
-    """The picture at each of its resolutions.
+def fitting_views(
+    pictures: Sequence[Picture], step_px: int
+) -> tuple[list[list[View]], list[Finding]]:
+    """(each picture at each of its resolutions, the pictures that are too small for any).
 
-    Raises:
-        TooSmall: it has no size to train at.
+    Args:
+        step_px: what sides are multiples of.
     """
-    options = picture.options
-    longest = options.max_aspect_ratio
-    return [
-        View(picture, fit(picture.size_px, resolution_px, step_px, longest, options.upscale))
-        for resolution_px in options.resolution_px
-    ]
+    fitting: list[list[View]] = []
+    too_small: list[Finding] = []
+    for one in pictures:
+        options = one.options
+        longest, upscale = options.max_aspect_ratio, options.upscale
+        try:
+            fitting.append(
+                [
+                    View(one, fit(one.size_px, resolution_px, step_px, longest, upscale))
+                    for resolution_px in options.resolution_px
+                ]
+            )
+        except TooSmall as error:
+            too_small.append(Finding(one.file, str(error)))
+    return fitting, too_small
 
 
 def make_views(
@@ -58,25 +69,13 @@ def make_views(
     Raises:
         DataError: some are too small and `bad` is 'fail', or nothing is left to train on.
     """
-    views: list[View] = []
-    too_small = []
-    for picture in found.pictures:
-        try:
-            views += views_of(picture, step_px)
-        except TooSmall as error:
-            too_small.append(LeftOut(picture.file, f"{error}."))
+    fitting, too_small = fitting_views(found.pictures, step_px)
     if too_small and bad == "fail":
-        raise DataError(
-            [f"'{one.file}' {one.reason}" for one in too_small[:MOST_SHOWN]] + _more(len(too_small))
-        )
-    if all(view.picture.options.kind != "training" for view in views):
+        raise DataError(sentences(too_small))
+    if all(views[0].picture.options.kind != "training" for views in fitting):
         raise DataError("No picture is left to train on.")
-    return views, too_small
-
-
-def _more(count: int) -> list[str]:
-    rest = count - MOST_SHOWN
-    return [f"... and {rest} more pictures that are too small."] if rest > 0 else []
+    views = [view for views in fitting for view in views]
+    return views, [LeftOut(one.file, one.why) for one in too_small]
 
 
 def describe_sizes(counts: Counter[Size]) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from lora_sd.data.buckets import TooSmall, fit
+from lora_sd.data.buckets import fit
 from lora_sd.data.captions import plain_caption, varies
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
@@ -19,7 +19,7 @@ from lora_sd.data.report.advice import MOST, advice, caption_facts
 from lora_sd.data.report.base_facts import BaseFacts
 from lora_sd.data.report.facts import Bucket, CheckedPicture, CheckedView, Mark, MarkKind, Report
 from lora_sd.data.report.measures import BLURRED, Measures, like_earlier, measure
-from lora_sd.data.views import check_resolutions, views_of
+from lora_sd.data.views import View, check_resolutions, fitting_views
 
 FORMAT = "lora_sd data report 1"
 SMALL = 0.8
@@ -52,13 +52,9 @@ def make_report(
     """
     check_resolutions(folders, base.step_px)
     found = read_folders(folders, "skip", inspect=measure, on_picture=on_picture)
-    left_out = list(found.left_out)
-    usable: list[tuple[Picture, tuple[CheckedView, ...]]] = []
-    for picture in found.pictures:
-        try:
-            usable.append((picture, _views(picture, base.step_px)))
-        except TooSmall as error:
-            left_out.append(LeftOut(picture.file, f"{error}."))
+    fitting, too_small = fitting_views(found.pictures, base.step_px)
+    left_out = found.left_out + [LeftOut(one.file, one.why) for one in too_small]
+    usable = [(views[0].picture, _checked_views(views, base.step_px)) for views in fitting]
     measures: list[Measures] = [found.inspected[picture.file] for picture, _ in usable]
     like = like_earlier(measures)
     checked: list[CheckedPicture] = []
@@ -84,17 +80,17 @@ def make_report(
     )
 
 
-def _views(picture: Picture, step_px: int) -> tuple[CheckedView, ...]:
-    """The picture at each of its resolutions; raises TooSmall."""
-    options = picture.options
-    longest = options.max_aspect_ratio
-    views = []
-    for resolution_px, view in zip(options.resolution_px, views_of(picture, step_px), strict=True):
+def _checked_views(views: Sequence[View], step_px: int) -> tuple[CheckedView, ...]:
+    """A picture at each of its resolutions."""
+    picture = views[0].picture
+    resolutions, longest = picture.options.resolution_px, picture.options.max_aspect_ratio
+    checked = []
+    for resolution_px, view in zip(resolutions, views, strict=True):
         crop = view.crop
         full = fit(picture.size_px, resolution_px, step_px, longest, upscale=True)
         left, top, right, bottom = crop.box
         area = (right - left) * (bottom - top)
-        views.append(
+        checked.append(
             CheckedView(
                 resolution_px,
                 crop,
@@ -103,7 +99,7 @@ def _views(picture: Picture, step_px: int) -> tuple[CheckedView, ...]:
                 smaller=min(1.0, math.sqrt(math.prod(crop.size_px) / math.prod(full.size_px))),
             )
         )
-    return tuple(views)
+    return tuple(checked)
 
 
 def _showings(usable: Sequence[tuple[Picture, tuple[CheckedView, ...]]]) -> list[float]:
