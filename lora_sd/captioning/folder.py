@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from PIL import Image
 
 from lora_sd import durable
 from lora_sd.captioning.opening import Captioner
-from lora_sd.data.caption_files import path_key, read_metadata
+from lora_sd.data.caption_files import path_key
+from lora_sd.data.caption_sources import CaptionSources
+from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import UnreadableImage, read_image
-from lora_sd.data.listing import Listing, list_folder, stem_key
+from lora_sd.data.listing import list_folder, stem_key
 
 OWN = ".txt"
 
@@ -49,7 +51,7 @@ def find_tasks(folder: Path, overwrite: bool = False) -> tuple[list[Task], int]:
         DataError: there is no such folder, or it cannot be read.
     """
     listing = list_folder(folder)
-    elsewhere = _in_metadata(listing)
+    elsewhere = CaptionSources(listing, FolderOptions(folder)).metadata
     tasks: dict[str, Task] = {}
     had = 0
     for name in listing.pictures:
@@ -118,12 +120,3 @@ def _caption(
         with durable.staged(task.target, overwrite) as sibling:
             sibling.write_text(dress(caption) + "\n", encoding="utf-8")
         result.written.append(task.target)
-
-
-def _in_metadata(listing: Listing) -> set[str]:
-    """The pictures, by `path_key`, that a metadata file has a caption for."""
-    return {
-        path_key(str(PurePosixPath(name).parent / picture))
-        for name in listing.metadata
-        for picture in read_metadata(listing.path(name)).captions
-    }

@@ -16,6 +16,7 @@ class CaptionSources:
     """The captions of one folder's pictures.
 
     Attributes:
+        metadata: (caption, file) by `path_key` of the pictures that metadata files name.
         problems, notices: what is wrong or odd with its metadata files, and after `of` of every
             picture with their own files.
     """
@@ -24,7 +25,7 @@ class CaptionSources:
         self.problems: list[Finding] = []
         self.notices: list[Finding] = []
         self._listing, self._options = listing, options
-        self._metadata: dict[str, tuple[str, str]] = {}  # picture -> caption, file
+        self.metadata: dict[str, tuple[str, str]] = {}
         # A file deeper inside is nearer to its pictures; .jsonl counts before .csv.
         for name in sorted(listing.metadata, key=lambda n: (n.count("/"), n.endswith(".jsonl"))):
             read = caption_files.read_metadata(listing.path(name), options.wildcards)
@@ -32,7 +33,7 @@ class CaptionSources:
             self.notices += read.notices
             inside = PurePosixPath(name).parent
             for picture, caption in read.captions.items():
-                self._metadata[path_key(str(inside / picture))] = (caption, name)
+                self.metadata[path_key(str(inside / picture))] = (caption, name)
 
     def of(self, name: str) -> tuple[str, str]:
         """(caption, where it came from) of a picture, both '' where it has none.
@@ -45,8 +46,8 @@ class CaptionSources:
         options, path = self._options, PurePosixPath(name)
         if own := self._own(name):
             return own
-        if path_key(name) in self._metadata:
-            return self._metadata[path_key(name)]
+        if path_key(name) in self.metadata:
+            return self.metadata[path_key(name)]
         if options.caption and options.caption.strip():
             return caption_files.tidy(options.caption, options.wildcards), "data.caption"
         if options.caption_fallback == "file_name":
@@ -92,7 +93,7 @@ class CaptionSources:
             if stem not in stems
             for file in same
         ]
-        return files, [name for name in self._metadata if name not in known]
+        return files, [name for name in self.metadata if name not in known]
 
 
 def kohya_name(folder: str) -> tuple[int, str] | None:
