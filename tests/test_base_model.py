@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,14 +224,26 @@ def test_pictures_are_encoded_as_the_vae_has_them(base):
     assert mean.shape == (2, 4, 8, 8)
 
 
-def test_the_fingerprint_is_the_same_each_time_and_changes_with_a_weight(folder):
-    first = load(folder).fingerprint()
-    assert load(folder).fingerprint() == first
-    file = weights_of(folder, "unet")
-    tensors = load_file(file)
-    tensors["conv_in.bias"][0] += 1
-    save_file(tensors, file, {"format": "pt"})
-    assert load(folder).fingerprint() != first
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_fingerprints_are_the_same_each_time_and_change_with_late_weights(bases, kind):
+    """One number of a tensor is enough where the cache goes by them; half of one, of the UNet."""
+
+    def prints(base):
+        return base.fingerprint(), base.vae_fingerprint(), base.text_fingerprint()
+
+    first = prints(load(bases[kind][0]))
+    assert prints(load(bases[kind][0])) == first
+    for part in PARTS[: 4 if kind == "sdxl" else 3]:
+        base = load(bases[kind][0])
+        for weight in getattr(base, part).parameters():
+            flat = weight.data.view(-1)
+            before = flat.clone()
+            flat[len(flat) // 2 if part == "unet" else -1 :] += 0.5
+            changed = prints(replace(base))
+            flat.copy_(before)
+            assert [one != other for one, other in zip(changed, first, strict=True)] == [
+                *(True, part == "vae", part.startswith("text"))
+            ]
 
 
 # --- narrow VAEs ---
