@@ -55,6 +55,14 @@ def test_markers_of_sdxl_s_fine_tunes(opened):
         ({"modelspec.prediction_type": "epsilon"}, Prediction(EPSILON, True, False)),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, Prediction(V, True, False)),
         ({"ss_base_model_version": "sd_v2_768_v"}, Prediction(V, True, False)),
+        ({"ss_v_parameterization": "True"}, Prediction(V, True, False)),
+        ({"ss_v_parameterization": "true"}, Prediction(V, True, False)),
+        ({"ss_v_parameterization": "False"}, Prediction(EPSILON, True, False)),
+        ({"ss_v_parameterization": "None"}, Prediction(EPSILON, False, False)),
+        (
+            {"modelspec.prediction_type": "v", "ss_v_parameterization": "False"},
+            Prediction(V, True, False),
+        ),
         (
             {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"},
             Prediction(V, True, True),
@@ -130,6 +138,8 @@ def test_a_published_model_s_single_file_carries_no_configs(tmp_path, bare):
 # --- schedules ---
 
 
+# diffusers' Euler scheduler asks numpy 2 for an array of a tensor.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 @pytest.mark.parametrize("zero", [False, True])
 def test_schedulers_of_the_published_families(family, zero):

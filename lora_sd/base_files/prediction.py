@@ -19,6 +19,7 @@ from lora_sd.errors import BaseModelError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 NAMES = {"v": "v_prediction", "v_prediction": "v_prediction", "eps": "epsilon"}
+KOHYA_V = {"true": "v_prediction", "false": "epsilon"}
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
 
 
@@ -75,9 +76,10 @@ def said(files: BaseFiles) -> tuple[str | None, bool | None]:
     zero_said = ZERO_SNR_KEY in keys or metadata.get("ss_zero_terminal_snr") == "True"
     if V_KEY in keys:
         return "v_prediction", zero_said
-    said = metadata.get("modelspec.prediction_type") or metadata.get("ss_v_parameterization")
-    if said:
-        return NAMES.get(said.lower(), said.lower()), zero_said
+    if said := metadata.get("modelspec.prediction_type", "").lower():
+        return NAMES.get(said, said), zero_said
+    if said := KOHYA_V.get(metadata.get("ss_v_parameterization", "").lower()):
+        return said, zero_said
     kohya = metadata.get("ss_base_model_version", "")
     if metadata.get("modelspec.architecture", "").endswith("-v") or kohya.endswith("_v"):
         return "v_prediction", zero_said
