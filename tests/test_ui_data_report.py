@@ -1,6 +1,7 @@
 """The data report in the Train tab."""
 
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,21 @@ def test_problems_are_sentences_in_the_page_s_words(
     small = check_pictures(handlers, form(handlers), "folder", "more/small", {})
     assert re.search("a lower [^.]*Resolution", small.html), small.html[:2000]
     assert "data.resolution_px" not in small.html
+
+
+def test_what_the_terminal_also_says_is_in_the_panel(
+    handlers: TrainHandlers, tmp_path: Path
+) -> None:
+    files = []
+    for name in ("a.png", "a-mask.png", "bare.png"):
+        Image.effect_noise((64, 64), 50 + len(name)).save(tmp_path / name)
+        files.append(str(tmp_path / name))
+    upload = {"files": files, "captions": [["a.png", "a wall"]]}
+    checked = check_pictures(handlers, form(handlers), "upload", None, upload)
+    html = unescape(checked.html)
+    assert "'uploaded': Mask files, not used as 'Masks' is 'off': 1 ('a-mask.png')." in html
+    assert "bare.png</b> has no caption." in html
+    assert "write one into 'Caption for pictures that have none', above" in html
+    captioned = {"files": files[:1], "captions": [["a.png", "a wall"]]}
+    again = check_pictures(handlers, form(handlers), "upload", None, captioned)
+    assert "pictures that have no caption" not in again.html and "Also" not in again.html

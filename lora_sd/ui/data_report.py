@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
+from lora_sd.data.candidates import NO_CAPTION
 from lora_sd.data.report.facts import Report
 from lora_sd.data.report.html import page, piece
 from lora_sd.errors import UserError
@@ -21,6 +22,7 @@ from lora_sd.ui.train_handlers import TrainHandlers
 from lora_sd.verbs.check_data import check
 
 MOST_DRAWN = 60
+WRITE_CAPTION = "For pictures that have no caption, write one into data.caption, above."
 _PROGRESS = gr.Progress()
 
 
@@ -64,10 +66,20 @@ def check_pictures(
 def _report(
     form: Mapping[str, Any], folder: Path, on_picture: Callable[[int, int], bool]
 ) -> Report:
+    """The report in the page's words; of a folder's path it says the name alone."""
     config = fields.config_from_form({**form, "data.folder": str(folder)})
     report = check(config, on_picture)
-    advice = tuple(fields.in_page_words(sentence) for sentence in report.advice)
-    return dataclasses.replace(report, advice=advice)
+    advice = list(report.advice)
+    if any(NO_CAPTION in one.reason for one in report.unusable):
+        advice.insert(0, WRITE_CAPTION)
+    return dataclasses.replace(
+        report,
+        advice=tuple(map(fields.in_page_words, advice)),
+        notices=tuple(
+            fields.in_page_words(notice).replace(str(folder), folder.name)
+            for notice in report.notices
+        ),
+    )
 
 
 def _file(report: Report, name: str) -> Path:

@@ -38,13 +38,14 @@ def page(report: Report) -> str:
 
 
 def piece(report: Report, most: int) -> str:
-    """Facts, advice, and the contact sheet of the first `most` pictures, marked ones first, for
-    another page that brings `STYLE`."""
+    """Facts, advice, what is not used, notices, and the contact sheet of the first `most` pictures,
+    marked ones first, for another page that brings `STYLE`."""
     numbers = shown_pictures(report, 0, most)
     numbers += [n for n in range(len(report.pictures)) if n not in set(numbers)]
     left_out = f"<h4>Not used</h4>{_left_out(report)}" if report.left_out else ""
+    notices = f"<h4>Also</h4>{_list(report.notices)}" if report.notices else ""
     sheet = _contact_sheet(report, sorted(numbers[:most]), links=False)
-    inside = f"{_facts(report)}{_advice(report)}{left_out}<h4>Contact sheet</h4>{sheet}"
+    inside = f"{_facts(report)}{_advice(report)}{left_out}{notices}<h4>Contact sheet</h4>{sheet}"
     return f'<div class="data-report">{inside}</div>'
 
 
@@ -92,7 +93,7 @@ def _facts(report: Report) -> str:
     facts = [
         (len(report.pictures), "used"),
         (len(report.unusable), "cannot be used"),
-        (marked, "to look at"),
+        (marked, "stand out"),  # what most pictures have, the advice tells
         (_number(report.showings), "shown in an epoch"),
     ]
     items = "".join(f"<div><dt>{what}</dt><dd>{number}</dd></div>" for number, what in facts)
