@@ -14,15 +14,13 @@ from lora_sd.data.listing import list_folder
 from lora_sd.data.scan import Index, Job, scan
 from lora_sd.errors import DataError
 from lora_sd.generate import (
-    MOST_IN_A_BATCH,
     Cancelled,
     PictureSettings,
     generate,
+    pictures_at_once,
     save_picture,
 )
 from lora_sd.randomness import seed_at
-
-PIXELS_IN_A_BATCH = 2**20  # four pictures of 512 px, one of 1024
 
 
 def draw_missing(
@@ -64,7 +62,7 @@ def draw_missing(
     prompt = plain_caption(options.caption or "", replace(options, trigger_word=None))
     step = math.lcm(base.size_step_px, 8)  # diffusers' pipelines want multiples of 8
     side = max(1, options.resolution_px[0] // step) * step
-    at_once = min(MOST_IN_A_BATCH, max(1, PIXELS_IN_A_BATCH // side**2))
+    at_once = pictures_at_once(side, side)
     numbers = list(islice(_free_numbers(options.folder), missing))
     drawn = 0
 

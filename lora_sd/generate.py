@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from lora_sd.merge import MergedWeights
 
 OnStep = Callable[[int, int], bool]  # (denoising steps done, in all) -> whether to stop
 MOST_IN_A_BATCH = 8
+PIXELS_IN_A_BATCH = 2**20  # four pictures of 512 px, one of 1024
+PIXELS_DECODED_AT_ONCE = 2**18  # one of 512 px: the VAE takes more memory than the UNet
 STRIP = "strip"
 SMALL_PICTURE_PX = 256
 
@@ -76,19 +79,36 @@ def generate(
     for part in parts:
         chosen = [settings[number] for number in part]
         first = chosen[0]
+        width_px, height_px = _size_px(base, first)
         with torch.no_grad():
             latents = pipeline(
                 **_embeddings(base, chosen),
                 generator=[torch.Generator("cpu").manual_seed(one.seed) for one in chosen],
                 num_inference_steps=first.steps,
                 guidance_scale=first.guidance,
-                width=first.width_px or base.resolution_px,
-                height=first.height_px or base.resolution_px,
+                width=width_px,
+                height=height_px,
                 callback_on_step_end=count,
                 output_type="latent",
             ).images
-        pictures |= zip(part, base.decode(latents), strict=True)
+        decoded_at_once = _at_once(width_px, height_px, PIXELS_DECODED_AT_ONCE)
+        decoded = [base.decode(some) for some in latents.split(decoded_at_once)]
+        pictures |= zip(part, chain.from_iterable(decoded), strict=True)
     return [pictures[number] for number in range(len(settings))]
+
+
+def pictures_at_once(width_px: int, height_px: int) -> int:
+    """How many pictures of a size `generate` draws together."""
+    return _at_once(width_px, height_px, PIXELS_IN_A_BATCH)
+
+
+def _at_once(width_px: int, height_px: int, pixels: int) -> int:
+    return max(1, min(MOST_IN_A_BATCH, pixels // (width_px * height_px)))
+
+
+def _size_px(base: BaseModel, one: PictureSettings) -> tuple[int, int]:
+    """Width and height of a picture."""
+    return one.width_px or base.resolution_px, one.height_px or base.resolution_px
 
 
 def _parts(base: BaseModel, settings: Sequence[PictureSettings]) -> list[list[int]]:
@@ -99,9 +119,10 @@ def _parts(base: BaseModel, settings: Sequence[PictureSettings]) -> list[list[in
         tokens = base.max_tokens_for([one.prompt, one.negative_prompt])
         by_length.setdefault(tokens, []).append(number)
     return [
-        numbers[i : i + MOST_IN_A_BATCH]
+        numbers[i : i + at_once]
         for numbers in by_length.values()
-        for i in range(0, len(numbers), MOST_IN_A_BATCH)
+        for at_once in [pictures_at_once(*_size_px(base, settings[numbers[0]]))]
+        for i in range(0, len(numbers), at_once)
     ]
 
 
@@ -160,7 +181,8 @@ def generate_strip(
     merging for each scale where the pictures are small, and equal to it but for rounding.
     """
     pictures: list[Image.Image] = []
-    parts = [scales[i : i + MOST_IN_A_BATCH] for i in range(0, len(scales), MOST_IN_A_BATCH)]
+    at_once = pictures_at_once(*_size_px(base, settings))
+    parts = [scales[i : i + at_once] for i in range(0, len(scales), at_once)]
     inject.attach_adapter(base.components, adapter, adapter_name=STRIP)
     try:
         for number, part in enumerate(parts):

@@ -46,7 +46,7 @@ def test_a_missing_folder_is_filled_with_the_caption(base, options):
 
 
 def test_a_stopped_run_goes_on_with_the_same_pictures(base, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_sd.class_pictures.PIXELS_IN_A_BATCH", 2 * 16**2)
+    monkeypatch.setattr("lora_sd.generate.PIXELS_IN_A_BATCH", 2 * 16**2)
     told = []
 
     def stop(drawn: int, of: int) -> bool:

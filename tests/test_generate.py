@@ -19,6 +19,7 @@ from lora_sd.generate import (
     generate,
     generate_at_scales,
     generate_strip,
+    pictures_at_once,
     save_picture,
 )
 from lora_sd.merge import MergedWeights
@@ -122,8 +123,27 @@ def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(base):
     assert np.abs(beside[0] - alone).max() > 8
 
 
-def test_many_pictures_are_drawn_in_parts(base):
-    assert len(generate(base, [one(seed) for seed in range(10)])) == 10
+@pytest.mark.parametrize(
+    "width_px, height_px, drawn", [(64, 64, 8), (512, 512, 4), (1024, 512, 2), (2048, 2048, 1)]
+)
+def test_how_many_pictures_are_drawn_at_once_follows_from_their_pixels(width_px, height_px, drawn):
+    assert pictures_at_once(width_px, height_px) == drawn
+
+
+def test_many_pictures_are_drawn_in_parts_and_decoded_in_smaller_ones(base, adapter, monkeypatch):
+    settings = [one(seed) for seed in range(5)]
+    expected = pixels(generate(base, settings))
+    seen = {"unet": [], "decoder": []}
+    for name, module in (("unet", base.unet), ("decoder", base.vae.decoder)):
+        module.register_forward_pre_hook(lambda _, given, n=name: seen[n].append(len(given[0])))
+    monkeypatch.setattr("lora_sd.generate.PIXELS_IN_A_BATCH", 2 * 16**2 + 1)
+    monkeypatch.setattr("lora_sd.generate.PIXELS_DECODED_AT_ONCE", 16**2)
+    drawn = pixels(generate(base, settings))
+    assert seen["decoder"] == [1] * 5 and set(seen["unet"]) == {4, 2}  # with and without the prompt
+    assert all(
+        np.abs(ours - theirs).max() <= 1 for ours, theirs in zip(drawn, expected, strict=True)
+    )
+    assert len(generate_strip(base, adapter, [0.0, 0.5, 1.0], one())) == 3
 
 
 def test_at_scale_0_and_afterwards_it_is_the_base(base, adapter):
