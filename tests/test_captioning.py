@@ -213,6 +213,20 @@ def test_only_pictures_without_a_caption_get_one(folder):
     assert run(folder).written == [] and find_tasks(folder) == ([], 6)
 
 
+def test_empty_caption_files_are_filled_and_counted_as_captions_never(folder):
+    for name in ("b.txt", "c.caption", "e.txt"):  # e.png is in metadata.jsonl, but its .txt counts
+        (folder / name).write_text(" \n")
+    (folder / "f.txt").write_bytes(b"\xff")  # cannot be read: not ours to replace
+    done = run(folder)
+    assert (len(done.written), done.had_captions) == (5, 1)
+    assert (folder / "b.txt").read_text() == "sks, 11 wide\n"
+    assert (folder / "c.caption").read_text() == "sks, 12 wide\n" and not (
+        folder / "c.txt"
+    ).exists()
+    assert (folder / "e.txt").read_text() == "sks, 14 wide\n"
+    assert find_tasks(folder) == ([], 6)
+
+
 def test_overwriting_leaves_captions_in_other_files(folder):
     done = run(folder, overwrite=True)
     assert texts(folder)["b.txt"] == "sks, 11 wide\n"

@@ -126,13 +126,14 @@ def test_all_problems_of_all_folders_are_told_at_once(cats, tmp_path):
     (cats / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (cats / "1.txt").unlink()
     (cats / "1.png").write_text("no picture, and no caption either")
+    (cats / "2.txt").unlink()
     picture(tmp_path / "dogs" / "dog.png")
     (tmp_path / "dogs" / "dog.txt").write_text("")
     with pytest.raises(DataError) as caught:
         read_folders([FolderOptions(cats), FolderOptions(tmp_path / "dogs")])
     text = str(caught.value)
     assert len(caught.value.problems) == 4
-    assert all(word in text for word in ("0.png", "1.txt", "is not a PNG", "dog.txt"))
+    assert all(word in text for word in ("0.png", "2.txt", "is not a PNG", "dog.txt"))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_a_colour_that_is_none_is_told_once_and_a_colour_is_used(cats):
     assert load_picture(found.pictures[0])[0].getpixel((0, 0)) == (16, 32, 48)
 
 
-SOURCES = ["0.txt", "0.caption", "metadata.jsonl", "data.caption", "the file's name"]
+SOURCES = ["0.txt", "0.caption", "metadata.jsonl", "the setting 'caption'", "the file's name"]
 
 
 def test_captions_are_looked_for_in_a_fixed_order(tmp_path):
@@ -171,14 +172,14 @@ def test_captions_are_looked_for_in_a_fixed_order(tmp_path):
     (folder / "0.caption").write_text("0.caption")
     rows = {"file_name": "0.png", "text": "metadata.jsonl"}
     (folder / "metadata.jsonl").write_text(json.dumps(rows))
-    options = {"caption": "data.caption", "caption_fallback": "file_name"}
+    options = {"caption": "the setting 'caption'", "caption_fallback": "file_name"}
     for source in SOURCES:
         (found,) = read(folder, **options).pictures
         assert found.caption_source == source
         assert found.caption == ("0" if source == "the file's name" else source)
         (folder / source).unlink(missing_ok=True)
         options = {} if source == "the file's name" else options
-        if source == "data.caption":
+        if source == "the setting 'caption'":
             del options["caption"]
     (found,) = read(folder).pictures
     assert (found.caption, found.caption_source) == ("sks cat", "the folder's name")
@@ -188,8 +189,43 @@ def test_a_trigger_word_is_caption_enough(tmp_path):
     picture(tmp_path / "0.png")
     found = read(tmp_path, trigger_word="sks")
     (one,) = found.pictures
-    assert (one.caption, one.caption_source) == ("", "data.trigger_word")
+    assert (one.caption, one.caption_source) == ("", "the setting 'trigger_word'")
     assert found.notices == []  # one picture has no caption in common with others
+
+
+def test_an_empty_caption_counts_where_it_is_asked_for(cats):
+    (cats / "0.txt").unlink()
+    (cats / "1.txt").write_text(" \n")
+    picture(cats / "9.png", "white")
+    (cats / "metadata.jsonl").write_text('{"file_name": "9.png", "text": ""}')
+    for asked_for in (None, "a cat"):
+        text = "\n".join(problems(cats, caption=asked_for))
+        assert "1.png" in text and "has empty captions" in text
+    found = read(cats, caption="", caption_fallback="file_name")
+    sources = ["the setting 'caption'", "1.txt", "2.txt", "metadata.jsonl"]
+    assert [one.caption_source for one in found.pictures] == sources
+    assert [one.caption for one in found.pictures] == ["", "", "a blue cat", ""]
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("training", "or set data.caption, which may be empty, or data.caption_fallback."),
+        ("regularisation", "or give that folder a 'caption' in data.folders, which may be empty."),
+    ],
+)
+def test_the_advice_on_missing_captions_works(cats, kind, advice):
+    (cats / "0.txt").unlink()
+    (cats / "broken.png").write_text("no picture, so no caption is missed")
+    said, broken = problems(cats, kind=kind)
+    assert said.startswith(f"1 of 3 pictures in '{cats}' has no caption: '0.png'. Add 0.txt beside")
+    assert "`python -m lora_sd caption`" in said and said.endswith(advice)
+    assert "broken.png" in broken and "no caption" not in broken
+    found = read(cats, "skip", kind=kind)
+    assert found.without_caption == [said]
+    assert not any(
+        "no caption" in one.reason for one in found.left_out if "broken" in one.file.name
+    )
 
 
 def test_the_nearest_metadata_file_counts(tmp_path):

@@ -112,7 +112,9 @@ def test_a_damaged_entry_is_made_again_and_told(run_settings):
     entries[0].write_bytes(data)
     run_settings["output"]["name"] = "again"
     again = train(run_settings)
-    assert "1 entries of the cache were damaged" in again.log_file.read_text()
+    assert (
+        "Damaged entries of the cache that have been made again: 1." in again.log_file.read_text()
+    )
     assert losses(again) == losses(first)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_sd import durable
 from lora_sd.captioning.opening import Captioner
-from lora_sd.data.caption_files import path_key
+from lora_sd.data.caption_files import is_empty, path_key
 from lora_sd.data.caption_sources import CaptionSources
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import UnreadableImage, read_image
@@ -34,14 +34,16 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Task:
-    """A picture, and the file that its caption goes to."""
+    """A picture, the file that its caption goes to, and whether what that file holds may go."""
 
     picture: Path
     target: Path
+    replaces: bool = False
 
 
 def find_tasks(folder: Path, overwrite: bool = False) -> tuple[list[Task], int]:
     """(what there is to do, how many pictures have their caption) in a folder and those inside it.
+    Caption files that are empty are to be filled.
 
     Args:
         overwrite: pictures with a .txt are to be done again. A caption in a .caption file or in
@@ -57,12 +59,19 @@ def find_tasks(folder: Path, overwrite: bool = False) -> tuple[list[Task], int]:
     for name in listing.pictures:
         stem = stem_key(name)
         own = listing.captions.get(stem, [])
-        again = overwrite and own and all(file.lower().endswith(OWN) for file in own)
-        if path_key(name) in elsewhere or stem in tasks or (own and not again):
+        picture, target = listing.path(name), listing.path(own[0]) if own else None
+        if stem in tasks:
             had += 1
-            continue
-        picture = listing.path(name)
-        tasks[stem] = Task(picture, listing.path(own[0]) if own else picture.with_suffix(OWN))
+        elif target and is_empty(target):
+            tasks[stem] = Task(picture, target, replaces=True)
+        elif path_key(name) in elsewhere:
+            had += 1
+        elif target is None:
+            tasks[stem] = Task(picture, picture.with_suffix(OWN))
+        elif overwrite and all(file.lower().endswith(OWN) for file in own):
+            tasks[stem] = Task(picture, target, replaces=True)
+        else:
+            had += 1
     return list(tasks.values()), had
 
 
@@ -92,7 +101,7 @@ def caption_folder(
     result = Captioned(had_captions=had)
     for start in range(0, len(tasks), batch_size):
         batch = tasks[start : start + batch_size]
-        _caption(batch, captioner, dress, overwrite, result)
+        _caption(batch, captioner, dress, result)
         if on_picture(start + len(batch), len(tasks)):
             break
     return result
@@ -102,7 +111,6 @@ def _caption(
     batch: Sequence[Task],
     captioner: Captioner,
     dress: Callable[[str], str],
-    overwrite: bool,
     result: Captioned,
 ) -> None:
     """Caption and write a batch, and note it in `result`."""
@@ -117,6 +125,6 @@ def _caption(
         if not caption:
             result.left_out.append((task.picture, "gave the model nothing to say"))
             continue
-        with durable.staged(task.target, overwrite) as sibling:
+        with durable.staged(task.target, task.replaces) as sibling:
             sibling.write_text(dress(caption) + "\n", encoding="utf-8")
         result.written.append(task.target)

@@ -82,19 +82,31 @@ def tidy(text: str, keep_lines: bool = False) -> str:
     return ("\n" if keep_lines else " ").join(line for line in lines if line)
 
 
-def read_own(file: Path, keep_lines: bool = False) -> str:
+def read_own(file: Path, keep_lines: bool = False, may_be_empty: bool = False) -> str:
     """The caption in a picture's own caption file.
 
     Raises:
-        UnreadableCaption: as `read_text`, or empty.
+        UnreadableCaption: as `read_text`, or empty where it may not be.
     """
     caption = tidy(read_text(file), keep_lines)
-    if not caption:
-        raise UnreadableCaption("is empty", advice="Write a caption into it, or remove it.")
+    if not caption and not may_be_empty:
+        raise UnreadableCaption(
+            "is empty",
+            advice="Write a caption into it, or let `python -m lora_sd caption` do that; where the "
+            "setting 'caption' is given as empty, it counts as it is.",
+        )
     return caption
 
 
-def read_metadata(file: Path, keep_lines: bool = False) -> Metadata:
+def is_empty(file: Path) -> bool:
+    """Whether a caption file can be read and holds no caption."""
+    try:
+        return not tidy(read_text(file))
+    except UnreadableCaption:
+        return False
+
+
+def read_metadata(file: Path, keep_lines: bool = False, may_be_empty: bool = False) -> Metadata:
     """The captions of a metadata.jsonl or metadata.csv as Hugging Face's imagefolder takes them.
 
     A row holds 'file_name', relative to the file's folder, and 'text', 'caption' or 'prompt'.
@@ -117,7 +129,7 @@ def read_metadata(file: Path, keep_lines: bool = False) -> Metadata:
             wrong.setdefault(NO_COLUMN, []).append(f"line {line}")
         elif not isinstance(caption, str) or not is_unicode(caption):
             wrong.setdefault("has captions that are not text", []).append(f"line {line}")
-        elif not (caption := tidy(caption, keep_lines)):
+        elif not (caption := tidy(caption, keep_lines)) and not may_be_empty:
             wrong.setdefault("has empty captions", []).append(f"line {line}")
         elif found.captions.setdefault(path_key(name), caption) != caption:
             wrong.setdefault(TWICE, []).append(f"line {line}")

@@ -25,10 +25,13 @@ class CaptionSources:
         self.problems: list[Finding] = []
         self.notices: list[Finding] = []
         self._listing, self._options = listing, options
+        self._may_be_empty = options.caption is not None and not options.caption.strip()
         self.metadata: dict[str, tuple[str, str]] = {}
         # A file deeper inside is nearer to its pictures; .jsonl counts before .csv.
         for name in sorted(listing.metadata, key=lambda n: (n.count("/"), n.endswith(".jsonl"))):
-            read = caption_files.read_metadata(listing.path(name), options.wildcards)
+            read = caption_files.read_metadata(
+                listing.path(name), options.wildcards, self._may_be_empty
+            )
             self.problems += read.problems
             self.notices += read.notices
             inside = PurePosixPath(name).parent
@@ -38,7 +41,8 @@ class CaptionSources:
     def of(self, name: str) -> tuple[str, str]:
         """(caption, where it came from) of a picture, both '' where it has none.
 
-        A trigger word alone is caption enough: it is put before the empty one.
+        A trigger word alone is caption enough: it is put before the empty one. A setting 'caption'
+        that is given as empty makes the empty caption one like others.
 
         Raises:
             UnreadableCaption: its own caption file cannot be used.
@@ -48,8 +52,8 @@ class CaptionSources:
             return own
         if path_key(name) in self.metadata:
             return self.metadata[path_key(name)]
-        if options.caption and options.caption.strip():
-            return caption_files.tidy(options.caption, options.wildcards), "data.caption"
+        if options.caption is not None:
+            return caption_files.tidy(options.caption, options.wildcards), "the setting 'caption'"
         if options.caption_fallback == "file_name":
             return caption_files.tidy(path.stem.replace("_", " ")), "the file's name"
         folders = self._listing.folder_names(name)
@@ -59,7 +63,7 @@ class CaptionSources:
             _, words = next(filter(None, map(kohya_name, folders)), (1, ""))
         if words := caption_files.tidy(words):
             return words, "the folder's name"
-        return "", "data.trigger_word" if options.trigger_word else ""
+        return "", "the setting 'trigger_word'" if options.trigger_word else ""
 
     def _own(self, name: str) -> tuple[str, str] | None:
         files = self._listing.captions.get(stem_key(name), [])
@@ -67,21 +71,27 @@ class CaptionSources:
             return None
         first, *rest = files
         try:
-            caption = caption_files.read_own(self._listing.path(first), self._options.wildcards)
+            caption = self._read(first)
         except UnreadableCaption as error:
             detail = f"{first}: {error.detail}" if error.detail else first
             raise UnreadableCaption(error.reason, detail, error.advice) from None
         for other in rest:
-            path = self._listing.path(other)
             try:
-                if caption_files.read_own(path, self._options.wildcards) == caption:
+                if self._read(other) == caption:
                     continue
             except UnreadableCaption:
                 pass
-            second = Finding(path, "is a second caption of its picture: the .txt counts, not this")
+            second = Finding(
+                self._listing.path(other),
+                "is a second caption of its picture: the .txt counts, not this",
+            )
             if second not in self.notices:  # as two pictures may share them
                 self.notices.append(second)
         return caption, first
+
+    def _read(self, name: str) -> str:
+        wildcards = self._options.wildcards
+        return caption_files.read_own(self._listing.path(name), wildcards, self._may_be_empty)
 
     def unclaimed(self, pictures: list[str]) -> tuple[list[str], list[str]]:
         """(caption files, names in metadata files) that belong to none of the pictures."""

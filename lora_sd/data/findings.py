@@ -33,6 +33,11 @@ class Finding:
         return f"{self.reason}{detail}. {self.advice}".rstrip()
 
 
+def counted(number: int, what: str = "picture") -> str:
+    """'1 picture', '2 pictures'."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def sentences(findings: Sequence[Finding], most: int = MOST_SHOWN) -> list[str]:
     """A sentence for each; where that were more than `most`, one for all of which the same is
     true, and at last how many are not told."""

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image, ImageColor
 
 from lora_sd.data.candidates import NO_CAPTION, Candidate, Found
-from lora_sd.data.findings import Finding, sentences
+from lora_sd.data.findings import Finding, counted, sentences
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import SUFFIXES, WHOLLY_TRANSPARENT
 from lora_sd.data.listing import Listing, list_folder
@@ -99,7 +99,8 @@ def _assembled(
         mask = scanned.get(one.mask) if one.mask else None
         if holds is None or (one.mask and mask is None):
             continue  # stopped before it
-        wrong = one.problems + _wrong(one, holds, mask)
+        wrong = [p for p in one.problems if holds.facts or p.reason != NO_CAPTION]
+        wrong += _wrong(one, holds, mask)
         problems += wrong
         if wrong or holds.facts is None:
             continue
@@ -120,10 +121,13 @@ def _assembled(
         )
         inspected[one.file] = holds.inspected
         opaque += one.options.masks == "alpha" and not holds.facts.has_alpha
-    if bad == "fail" and problems and not stopped:
-        raise DataError(_told(problems, found.candidates))
+    readable = [one for one in found.candidates if one.file in scanned and scanned[one.file].facts]
+    without_caption = _without_caption(readable)
+    told = without_caption + sentences([one for one in problems if one.reason != NO_CAPTION])
+    if bad == "fail" and told and not stopped:
+        raise DataError(told)
     if not pictures and found.candidates and not stopped:
-        raise DataError(["No picture can be used.", *_told(problems, found.candidates)])
+        raise DataError(["No picture can be used.", *told])
     reasons: dict[Path, list[str]] = {}
     for finding in problems:
         reasons.setdefault(finding.file, []).append(finding.why)
@@ -135,7 +139,7 @@ def _assembled(
     notices += (
         sentences(oddities) + _about_content(pictures) + ([index_notice] if index_notice else [])
     )
-    return PictureSet(pictures, left_out, notices, inspected)
+    return PictureSet(pictures, left_out, notices, inspected, without_caption)
 
 
 def _wrong(one: Candidate, holds: Scanned, mask: Scanned | None) -> list[Finding]:
@@ -157,25 +161,31 @@ def _wrong(one: Candidate, holds: Scanned, mask: Scanned | None) -> list[Finding
     return wrong
 
 
-def _told(problems: Sequence[Finding], candidates: Sequence[Candidate]) -> list[str]:
-    """Sentences about all problems; one for each folder about captions that are missing."""
+def _without_caption(readable: Sequence[Candidate]) -> list[str]:
+    """A sentence for each folder on the captions that are missing, and what to do."""
     told = []
-    for options in dict.fromkeys(one.options for one in candidates):
-        inside = [one for one in candidates if one.options == options]
+    for options in dict.fromkeys(one.options for one in readable):
+        inside = [one for one in readable if one.options == options]
         bare = [one for one in inside if any(p.reason == NO_CAPTION for p in one.problems)]
-        if bare:
-            file = bare[0].file
-            told.append(
-                f"'{options.folder}' holds {len(inside)} pictures, {len(bare)} of them without a "
-                f"caption: {shown_list([one.name for one in bare])}. Add {file.stem}.txt beside "
-                f'{file.name}, or set data.caption: "a photo of ...".'
-            )
-    return told + sentences([one for one in problems if one.reason != NO_CAPTION])
+        if not bare:
+            continue
+        if options.kind == "regularisation":  # it does not take over that of data
+            setting = "give that folder a 'caption' in data.folders, which may be empty"
+        else:
+            setting = "set data.caption, which may be empty, or data.caption_fallback"
+        file = bare[0].file
+        told.append(
+            f"{len(bare)} of {counted(len(inside))} in '{options.folder}' "
+            f"{'has' if len(bare) == 1 else 'have'} no caption: "
+            f"{shown_list([one.name for one in bare])}. Add {file.stem}.txt beside {file.name}, "
+            f"let `python -m lora_sd caption` write them, or {setting}."
+        )
+    return told
 
 
 def _no_pictures(listing: Listing) -> str:
     others = len(listing.others) + sum(map(len, listing.captions.values()))
-    found = f"It holds {others} other files." if others else "It is empty."
+    found = f"It holds {counted(others, 'other file')}." if others else "It is empty."
     if listing.notices or listing.problems:
         found += " " + " ".join(sentences(listing.problems + listing.notices, most=3))
     kinds = ", ".join(sorted(SUFFIXES))

@@ -54,12 +54,14 @@ class PictureSet:
     `pictures` are in a fixed order: folders as given, names sorted. `left_out` is what is not used,
     with the reason: whole sentences, but that the first goes after the file's name. `notices` are
     sentences worth showing that stop nothing. `inspected` is what `inspect` gave for each picture.
+    `without_caption` are sentences on the pictures that are left out as they have no caption.
     """
 
     pictures: list[Picture]
     left_out: list[LeftOut] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     inspected: dict[Path, Any] = field(default_factory=dict)
+    without_caption: list[str] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:

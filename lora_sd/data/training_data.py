@@ -20,6 +20,7 @@ from lora_sd.data.augment import drawn_crop, variant_count
 from lora_sd.data.buckets import time_ids
 from lora_sd.data.cache import encode_captions, encode_views, latent_key, text_key
 from lora_sd.data.captions import draw_caption, plain_caption, varies
+from lora_sd.data.findings import counted
 from lora_sd.data.order import Order, Seen
 from lora_sd.data.store import Store
 from lora_sd.data.views import View
@@ -132,13 +133,13 @@ class TrainingData:
         texts = self.texts()
         encode_captions(self._base, texts, self._store, self._max_tokens, on_done=on_done)
         if count := self._store.damaged - damaged:
-            said.append(f"{count} entries of the cache were damaged and have been made again.")
+            said.append(f"Damaged entries of the cache that have been made again: {count}.")
         counts = zip(texts, self._base.token_counts(texts), strict=True)
         cut = [text for text, tokens in counts if tokens > self._max_tokens]
         if cut:
             said.append(
-                f"{len(cut)} captions are longer than {self._max_tokens} tokens and lose their "
-                f"end, such as '{cut[0][:60]}...': see data.max_tokens."
+                f"{counted(len(cut), 'caption')} of more than {self._max_tokens} tokens, the ends "
+                f"of which are not read, such as '{cut[0][:60]}...': see data.max_tokens."
             )
         return said
 

@@ -16,6 +16,7 @@ from lora_sd.captioning.opening import (
     TagChoice,
     find_captioner,
 )
+from lora_sd.data.findings import counted
 from lora_sd.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ The model is a folder or a hub id, which is fetched the first time:
   WD14         booru tags        {EXAMPLES["tags"]}
 WD14 taggers need onnxruntime: pip install -r requirements-captioning.txt
 
-A picture that has a caption keeps it. Ctrl-C stops; the same command goes on with the rest. Read
-what was written before you train on it: these models miss what is special, and make things up."""
+A picture that has a caption keeps it; an empty caption file is filled. Ctrl-C stops; the same
+command goes on with the rest. Read what was written before you train on it: these models miss what
+is special, and make things up."""
 EXAMPLE = f"""\
   python -m lora_sd caption pictures/my-cat --model {EXAMPLES["florence2"]}
   python -m lora_sd caption pictures/ink --model {EXAMPLES["tags"]} \\
@@ -194,7 +196,8 @@ def run(options: argparse.Namespace) -> int:
             return False
 
         done = caption(**vars(options), on_picture=show)
-    print(f"{len(done.written)} captions written, {done.had_captions} pictures had theirs already.")
+    written, had = counted(len(done.written), "caption"), counted(done.had_captions)
+    print(f"{written} written, {had} had theirs already.")
     for picture, reason in done.left_out:
         print(f"'{printable(str(picture))}' {reason}: no caption.")
     return 0
