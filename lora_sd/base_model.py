@@ -442,7 +442,7 @@ def load_base_model(
         BaseModelError: not found, damaged, or not a Stable Diffusion text-to-image model; or the
             settings do not go with it.
     """
-    files = find_base(name)
+    files = find_base(name, half=dtype != torch.float32)
     check_configs(files)
     problems = Problems()
     with problems.gathered():

@@ -135,19 +135,31 @@ def test_a_single_file_that_does_not_say_how_it_is_built_is_refused(bases, tmp_p
         load(tmp_path / "bare.safetensors")
 
 
-def test_a_hub_s_model_is_fetched_without_pickles_and_programs(bases, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, there, expected",
+    [
+        (torch.float32, None, [None]),
+        (torch.float32, "fp16", [None, "fp16"]),
+        (torch.bfloat16, "fp16", ["fp16"]),
+        (torch.float16, None, ["fp16", None]),
+    ],
+)
+def test_a_hub_s_model_is_fetched_without_pickles_and_programs(
+    bases, monkeypatch, dtype, there, expected
+):
+    """Half the bytes first where half the precision is enough."""
     asked = []
 
     def download(name, **options):
         asked.append((name, options["variant"]))
         assert options["use_safetensors"] and options["trust_remote_code"] is False
-        if options["variant"] is None:
-            raise OSError("no such files in the plain variant")
+        if options["variant"] != there:
+            raise OSError("no such files")
         return str(bases["sd1"][0])
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
-    base = load("some/model")
-    assert base.name == "some/model" and asked == [("some/model", None), ("some/model", "fp16")]
+    assert load("some/model", dtype).name == "some/model"
+    assert asked == [("some/model", variant) for variant in expected]
 
 
 def test_a_model_that_cannot_be_fetched_is_one_sentence(monkeypatch, tmp_path):
@@ -155,7 +167,16 @@ def test_a_model_that_cannot_be_fetched_is_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(BaseModelError, match="'no/model'.*cannot be fetched from the hub: .") as e:
         load("no/model")
     assert len(e.value.problems) == 1 and "\n" not in str(e.value)
-    assert hub.VARIANTS == (None, "fp16")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_why_the_plain_files_cannot_be_fetched_is_told(monkeypatch, half):
+    def download(name, *, variant, **options):
+        raise OSError(f"no {variant} files")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(BaseModelError, match="fetched from the hub: no None files"):
+        hub.fetch("some/model", half)
 
 
 # --- what it can do ---

@@ -10,14 +10,17 @@ from lora_sd.base_files.files import BaseFiles
 from lora_sd.base_files.opening import NotHere, open_base, open_folder
 from lora_sd.errors import BaseModelError
 
-VARIANTS = (None, "fp16")
+PLAIN, HALF = None, "fp16"
 NOT_WANTED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def find_base(name: str) -> BaseFiles:
+def find_base(name: str, half: bool = False) -> BaseFiles:
     """Open a base model's files, as `open_base` does, and fetch them first where need be.
 
     What is in the cache is used as it is: whether the hub has a newer version is not asked.
+
+    Args:
+        half: as of `fetch`.
 
     Raises:
         BaseModelError: as of `open_base` and `fetch`.
@@ -25,19 +28,22 @@ def find_base(name: str) -> BaseFiles:
     try:
         return open_base(name)
     except NotHere:
-        return open_folder(name, fetch(name))
+        return open_folder(name, fetch(name, half))
 
 
-def fetch(hub_id: str) -> Path:
+def fetch(hub_id: str, half: bool = False) -> Path:
     """The folder of a model of the hub, fetched where it is not in the cache yet.
 
     Safetensors only, and no program of the hub's is ever run.
+
+    Args:
+        half: the weights in float16 are asked for first, half as much to fetch, rather than last.
 
     Raises:
         BaseModelError: it is not on the hub, the hub is out of reach, or it has no safetensors.
     """
     reason: Exception | None = None
-    for variant in VARIANTS:
+    for variant in (HALF, PLAIN) if half else (PLAIN, HALF):
         try:
             return Path(
                 DiffusionPipeline.download(
@@ -49,7 +55,7 @@ def fetch(hub_id: str) -> Path:
                 )
             )
         except (OSError, ValueError, HFValidationError, OfflineModeIsEnabled) as error:
-            reason = reason or error
+            reason = error if variant is PLAIN else reason or error
     raise BaseModelError(
         f"The base model '{hub_id}' is not on this machine and cannot be fetched from the hub: "
         f"{str(reason).strip().splitlines()[0]}"
