@@ -88,20 +88,25 @@ def component(name: str, value: Any, *, info: bool = True, **options: Any) -> Co
         "elem_id": name.replace(".", "-"),
         **options,
     }
+    shown = shown_value(name, value)
     if get_origin(kind) is Literal:
-        return gr.Dropdown(list(get_args(kind)), value=value, **shared)
+        return gr.Dropdown(list(get_args(kind)), value=shown, **shared)
     if kind is bool:
-        return gr.Checkbox(value, **shared)
-    if kind in (int, float) and _may_be_empty(name):  # Gradio's number field turns empty into 0
-        return gr.Textbox("" if value is None else _plain(value), **shared)
-    if kind in (int, float):
+        return gr.Checkbox(shown, **shared)
+    if kind in (int, float) and not _may_be_empty(name):
         is_share = kind is float and (_bound(name, "le", "lt") or 2) <= 1
-        return gr.Number(value, step=0.01 if is_share else 1, **shared)
+        return gr.Number(shown, step=0.01 if is_share else 1, **shared)
+    return gr.Textbox(shown, **{"lines": 2 if kind == list[str] else 1, **shared})
+
+
+def shown_value(name: str, value: Any) -> Any:
+    """What the field of a setting holds where the setting is `value`."""
+    kind = _kind(name)
     if get_origin(kind) is list:
-        by_line = get_args(kind) == (str,)
-        shown = ("\n" if by_line else ", ").join(_plain(entry) for entry in value)
-        return gr.Textbox(shown, **{"lines": 2 if by_line else 1, **shared})
-    return gr.Textbox(value or "", **shared)
+        return ("\n" if kind == list[str] else ", ").join(map(_plain, value))
+    if kind in (int, float) and _may_be_empty(name):  # Gradio's number field turns empty into 0
+        return "" if value is None else _plain(value)
+    return "" if value is None else value
 
 
 def config_from_form(form: Mapping[str, Any]) -> Config:

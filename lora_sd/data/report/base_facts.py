@@ -55,7 +55,7 @@ def base_facts(model: str) -> BaseFacts:
             if not HUB_ID.fullmatch(model) or Path(model).exists():
                 hint = f"To check pictures without it, name its family: {', '.join(STEPS_PX)}."
                 raise BaseModelError([*error.problems, hint]) from None
-            family = "sdxl" if "xl" in model.lower() else "sd15"
+            family = family_by_name(model)
             step_px = STEPS_PX[family]
             notice = (
                 f"The base model '{model}' is not on this machine yet. Going by its name, it was "
@@ -69,6 +69,11 @@ def base_facts(model: str) -> BaseFacts:
     except (OSError, ValueError, TypeError) as error:
         raise BaseModelError(f"The tokenizer in '{own}' is damaged: {error}.") from None
     return BaseFacts(step_px or 64, tokenizer, notice)
+
+
+def family_by_name(model: str) -> str:
+    """The family that the name of a hub's model tells of."""
+    return "sdxl" if "xl" in model.lower() else "sd15"
 
 
 def _levels(part: Path) -> int:
