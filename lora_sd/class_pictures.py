@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
+from lora_sd import durable
 from lora_sd.base_model import BaseModel
 from lora_sd.data.captions import plain_caption
 from lora_sd.data.folder_options import FolderOptions
@@ -37,7 +38,8 @@ def draw_missing(
 
     A picture's seed comes from the number in its name, so that a stopped run goes on with the same
     pictures. What is in the folder already stays as it is; the folder is made when it is missing.
-    Pictures are squares of the folder's first resolution.
+    Pictures are squares of the folder's largest resolution. Each has the caption beside it, so that
+    the folder can be used anywhere.
 
     Args:
         steps, guidance: denoising steps and guidance scale.
@@ -48,7 +50,7 @@ def draw_missing(
 
     Raises:
         DataError: the folder cannot be made or read, or there is no caption to draw.
-        UserError: a picture cannot be written.
+        UserError: a picture or its caption cannot be written.
     """
     if not (options.caption or "").strip():
         raise DataError(f"'{options.folder}' wants class pictures, but has no caption to draw.")
@@ -61,7 +63,7 @@ def draw_missing(
         raise DataError(f"'{options.folder}' cannot be made: {error.strerror}.") from None
     prompt = plain_caption(options.caption or "", replace(options, trigger_word=None))
     step = math.lcm(base.size_step_px, 8)  # diffusers' pipelines want multiples of 8
-    side = max(1, options.resolution_px[0] // step) * step
+    side = max(1, max(options.resolution_px) // step) * step
     at_once = pictures_at_once(side, side)
     numbers = list(islice(_free_numbers(options.folder), missing))
     drawn = 0
@@ -88,7 +90,10 @@ def draw_missing(
         except Cancelled:
             break
         for number, picture, one in zip(batch, pictures, settings, strict=True):
-            save_picture(picture, _file(options.folder, number), one)
+            file = _file(options.folder, number)
+            if not file.with_suffix(".txt").exists():
+                durable.write_text(file.with_suffix(".txt"), f"{options.caption}\n")
+            save_picture(picture, file, one)
             drawn += 1
     return drawn
 

@@ -21,7 +21,7 @@ def options(tmp_path: Path) -> FolderOptions:
         class_pictures=5,
         caption="a fox",
         trigger_word="sks",
-        resolution_px=(21, 32),
+        resolution_px=(21, 37),
     )
 
 
@@ -38,7 +38,7 @@ def test_a_missing_folder_is_filled_with_the_caption(base, options):
     found = read_folders([options]).pictures
     assert [picture.caption for picture in found] == ["a fox"] * 5
     assert len({picture.sha256 for picture in found}) == 5
-    assert found[0].size_px == (16, 16)  # the resolution in steps
+    assert found[0].size_px == (32, 32)  # the largest resolution, in steps
     with Image.open(found[0].file) as image:
         settings = json.loads(image.text["lora_sd"])
     assert settings["prompt"] == "a fox" and settings["steps"] == 2
@@ -46,7 +46,7 @@ def test_a_missing_folder_is_filled_with_the_caption(base, options):
 
 
 def test_a_stopped_run_goes_on_with_the_same_pictures(base, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_sd.generate.PIXELS_IN_A_BATCH", 2 * 16**2)
+    monkeypatch.setattr("lora_sd.generate.PIXELS_IN_A_BATCH", 2 * 32**2)
     told = []
 
     def stop(drawn: int, of: int) -> bool:
@@ -61,7 +61,8 @@ def test_a_stopped_run_goes_on_with_the_same_pictures(base, options, tmp_path, m
     assert contents(options.folder) == contents(whole.folder)
     other = replace(options, folder=tmp_path / "other")
     draw(base, other, seed=4)
-    assert not set(contents(other.folder).values()) & set(contents(whole.folder).values())
+    same = set(contents(other.folder).values()) & set(contents(whole.folder).values())
+    assert same == {b"a fox\n"}
 
 
 def test_what_is_there_counts_if_it_can_be_read_and_stays(base, options):
@@ -77,6 +78,18 @@ def test_what_is_there_counts_if_it_can_be_read_and_stays(base, options):
     after = contents(options.folder)
     assert after["class-00002.png"] == b"no picture either"
     assert {"class-00001.png", "class-00003.png", "class-00005.png"} <= after.keys()
+
+
+def test_drawn_pictures_have_their_caption_wherever_they_are_used(base, options):
+    dressed = replace(
+        options, caption="a fox\na {red|grey} fox", wildcards=True, caption_prefix="ink"
+    )
+    options.folder.mkdir(parents=True)
+    (options.folder / "class-00002.txt").write_text("mine")
+    draw(base, dressed)
+    again = replace(options, class_pictures=0, caption=None, trigger_word=None, wildcards=True)
+    captions = [picture.caption for picture in read_folders([again]).pictures]
+    assert captions == [dressed.caption, "mine", *[dressed.caption] * 3]
 
 
 def test_pictures_that_the_index_knows_are_not_decoded_again(base, options, tmp_path, monkeypatch):
