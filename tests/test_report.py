@@ -14,7 +14,7 @@ from lora_sd.base_model import BaseModel
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.report import FORMAT, as_json, make_report
 from lora_sd.data.report.base_facts import BaseFacts, base_facts
-from lora_sd.data.report.facts import Report
+from lora_sd.data.report.facts import Report, shown_number
 from lora_sd.data.report.html import MOST_SHOWN, page, piece, shown_pictures
 from lora_sd.errors import BaseModelError, ConfigError
 
@@ -178,6 +178,63 @@ def test_regularisation_is_shown_as_often_as_training_and_validation_never(
         shown[one.kind] += one.showings
     assert shown == pytest.approx({"training": 6, "regularisation": 6, "validation": 0})
     assert sum(bucket.showings for bucket in report.buckets) == pytest.approx(report.showings)
+
+
+def test_advice_is_on_what_is_learnt(tmp_path: Path) -> None:
+    def soft(seed: int) -> Image.Image:
+        return noise(seed).filter(ImageFilter.GaussianBlur(4))
+
+    folders = []
+    for kind, caption in (
+        ("training", "a photo of sks cat {stem}"),
+        ("regularisation", "a Cat"),
+        ("validation", "sks cat"),
+    ):
+        pictures = {f"{kind}{n}.png": noise(n + 10 * len(kind)) for n in range(6)}
+        if kind != "training":
+            pictures |= {"soft.png": soft(len(kind)), "again.png": soft(len(kind))}
+        fill(tmp_path / kind, pictures, caption)
+        folders.append(FolderOptions(tmp_path / kind, kind=kind, resolution_px=(128,)))
+    report = make_report(folders, BASE)
+    word = "Every training caption has 'sks': that may call the result in a prompt."
+    assert [said for said in report.advice if "same file" not in said] == [word]
+    assert sum(mark.kind == "blurred" for one in report.pictures for mark in one.marks) == 4
+    fill(tmp_path / "regularisation", {"0.png": noise(90)}, "sks, cat")
+    (said,) = (said for said in make_report(folders, BASE).advice if "data.trigger_word" in said)
+    assert said.startswith("No word is in every training caption and in no regularisation caption")
+
+
+def test_what_is_cropped_is_marked_unless_most_pictures_are(
+    report_of: Callable[..., Report],
+) -> None:
+    report = report_of({**tidy(), "tall.png": noise(30, (400, 1200))}, resolution_px=(256,))
+    assert "cropped" in kinds(report, "tall.png")
+    photos = {f"{seed}.png": noise(seed, (384, 256)) for seed in range(6)}
+    squares = report_of(photos, resolution_px=(256,), max_aspect_ratio=1.0)
+    assert not any(kinds(squares, name) for name in photos)
+    assert any("7 of 7 pictures lose much to the crop" in said for said in squares.advice)
+
+
+def test_missing_captions_and_class_pictures_are_told_with_what_to_do(
+    report_of: Callable[..., Report], tmp_path: Path
+) -> None:
+    fill(tmp_path / "pictures", tidy())
+    (tmp_path / "pictures" / "0.txt").unlink()
+    report = report_of(kind="regularisation", class_pictures=7)
+    assert report.advice[0].endswith("or set data.bad_pictures to skip.")
+    assert report.advice[1].startswith("1 of 6 pictures in ") and "no caption" in report.advice[1]
+    assert report.notices[0].startswith("2 class pictures still to be drawn into")
+    assert not any("to be drawn" in said for said in report_of(class_pictures=5).notices)
+    skipped = make_report([FolderOptions(tmp_path / "pictures")], BASE, bad="skip")
+    assert skipped.advice[0].startswith("1 file cannot be used")
+    assert not any("data.bad_pictures" in said for said in skipped.advice)
+
+
+@pytest.mark.parametrize(
+    "number, said", [(112.0, "112"), (111.56, "about 112"), (0.5, "0.5"), (1 / 3, "0.33")]
+)
+def test_numbers_are_as_people_say_them(number: float, said: str) -> None:
+    assert shown_number(number) == said
 
 
 def test_json_is_plain_and_whole(report_of: Callable[..., Report]) -> None:

@@ -35,6 +35,23 @@ def test_settings_of_the_trainer_count_wherever_they_stand(
         assert said["buckets"] == [{"size_px": [32, 32], "pictures": 24, "showings": 24.0}]
 
 
+def test_the_table_tells_kinds_and_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{folder: '{ICONS}', resolution_px: [48, 64]}}\n")
+    assert main(["check-data", "--config", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert "48 x 48, 64 x 64" in said and " training " not in said
+    kept = f"[{{folder: '{ICONS}', kind: validation, resolution_px: [32, 48, 64]}}]"
+    config.write_text(f"data: {{folder: '{ICONS}', resolution_px: 64, folders: {kept}}}\n")
+    assert main(["check-data", "--config", str(config)]) == 0
+    said = capsys.readouterr().out
+    training, validation = sorted(x for x in said.splitlines() if x.startswith("fox.png"))
+    assert " training " in training and " 64 x 64 " in training
+    assert " validation " in validation and "32 x 32 and 2 more" in validation
+
+
 def test_a_config_file_is_read_and_flags_win(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 from lora_sd import durable
 from lora_sd.config import Config, config_from_values, parse_command_line, read_yaml
 from lora_sd.config import settings as known_settings
+from lora_sd.data.findings import counted
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.report import as_json, make_report
 from lora_sd.data.report.base_facts import base_facts
-from lora_sd.data.report.facts import CheckedPicture, Report
+from lora_sd.data.report.facts import CheckedPicture, Report, shown_number
 from lora_sd.errors import EXIT_USER_ERROR, printable, shown_size
 from lora_sd.verbs.arguments import check_output
 
@@ -83,7 +84,7 @@ def check(
     """The report on a run's pictures; `on_picture` as for `make_report`."""
     base = base_facts(config.base.model)
     folders = [FolderOptions(**one) for one in config.data.folder_options()]
-    return make_report(folders, base, config.data.max_tokens, on_picture)
+    return make_report(folders, base, config.data.max_tokens, on_picture, config.data.bad_pictures)
 
 
 def _with_bar(config: Config) -> Report:
@@ -113,8 +114,8 @@ def lines(report: Report, each_picture: bool = True) -> list[str]:
     """The report as lines of text; without HTML also the pictures, those with marks first."""
     marked = sum(bool(one.marks) for one in report.pictures)
     said = [
-        f"{len(report.pictures)} pictures can be used, {len(report.unusable)} cannot, {marked} to "
-        f"look at; {report.showings:g} shown in an epoch",
+        f"{counted(len(report.pictures))} can be used, {len(report.unusable)} cannot, {marked} to "
+        f"look at; {shown_number(report.showings)} shown in an epoch",
         "",
         *(f"- {sentence}" for sentence in report.advice),
     ]
@@ -128,28 +129,35 @@ def lines(report: Report, each_picture: bool = True) -> list[str]:
     said += [f"  {one.size_px[0]} x {one.size_px[1]}: {one.pictures}" for one in report.buckets]
     if each_picture:
         rows = sorted(report.pictures, key=lambda one: not one.marks)
-        said += ["", *_table([_row(one) for one in rows[:MOST_ROWS]])]
+        kinds = len(report.kinds) > 1
+        said += ["", *_table([_row(one, kinds) for one in rows[:MOST_ROWS]], kinds)]
         said += _rest(len(rows) - MOST_ROWS)
     return [printable(line) for line in said]
 
 
-def _row(one: CheckedPicture) -> list[str]:
-    view = one.views[0]
+def _row(one: CheckedPicture, kinds: bool) -> list[str]:
     return [
         _cut(one.name),
+        *([one.kind] if kinds else []),
         "{} x {}".format(*one.size_px),
-        "{} x {}".format(*view.crop.size_px),
-        f"{view.kept:.0%}",
+        _sizes(one),
+        f"{min(view.kept for view in one.views):.0%}",
         str(one.tokens),
-        f"{one.showings:.3g}",
+        shown_number(one.showings),
         _cut(one.caption),
         "; ".join(mark.text for mark in one.marks),
     ]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    table = [("picture", "size", "shown at", "kept", "tokens", "epoch", "caption", "to look at")]
-    table += [tuple(row) for row in rows]  # type: ignore[misc]
+def _sizes(one: CheckedPicture) -> str:
+    """The sizes it is shown at: two of them, or the first and how many more."""
+    sizes = list(dict.fromkeys("{} x {}".format(*view.crop.size_px) for view in one.views))
+    return ", ".join(sizes) if len(sizes) <= 2 else f"{sizes[0]} and {len(sizes) - 1} more"
+
+
+def _table(rows: Sequence[Sequence[str]], kinds: bool) -> list[str]:
+    heads = ["picture", *(["for"] if kinds else []), "size", "shown at", "kept", "tokens", "epoch"]
+    table = [[*heads, "caption", "to look at"], *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 from lora_sd.data.buckets import fit
 from lora_sd.data.captions import plain_caption, varies
+from lora_sd.data.findings import counted
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.picture_set import LeftOut, Picture
@@ -27,9 +28,11 @@ SMALL = 0.8
 small. Rounding to the bucket's step alone takes an eighth at most at 512 px and steps of 64."""
 ENLARGED = 1.25
 """A picture that is enlarged by more than that is visibly soft."""
-CROPPED = 0.6
-"""Below this share of its area that is kept, a picture is called cropped: a square of a 3:2
-photograph keeps 0.67, of a 16:9 one 0.56."""
+CROPPED = 0.75
+"""Below this share of its area that is kept, a picture is called cropped: one of 1:3 keeps 0.67
+where 1:2 is the longest shape. Rounding to the bucket's step alone keeps 0.87 at 512 px and steps
+of 64, 0.77 at 64 px and steps of 16. Squares of 3:2 photographs keep 0.67 too; as most pictures
+then do, `advice` alone tells it."""
 OF_SETTINGS: tuple[MarkKind, ...] = ("small", "enlarged", "cropped", "caption-cut")
 """Marks that say as much of the settings: where most pictures have one, `advice` alone tells it."""
 
@@ -39,12 +42,14 @@ def make_report(
     base: BaseFacts,
     max_tokens: int = 75,
     on_picture: Callable[[int, int], bool] = lambda done, of: False,
+    bad: str = "fail",
 ) -> Report:
     """Read every picture of the folders and say what would become of it.
 
     Args:
         max_tokens: of a caption that are read.
         on_picture: called with (done, of) while pictures are read.
+        bad: what training does about files that cannot be used, 'fail' or 'skip'.
 
     Raises:
         ConfigError: a resolution is smaller than the step of picture sizes.
@@ -66,7 +71,8 @@ def make_report(
             _checked(picture, views, measured, base, max_tokens, showings, first, original)
         )
     facts = caption_facts(checked)
-    said = advice(checked, left_out, facts, folders, max_tokens)
+    said = advice(checked, left_out, found.without_caption, facts, folders, max_tokens, bad)
+    undrawn = _undrawn(folders, found.pictures)
     return Report(
         folders=tuple(one.folder for one in folders),
         max_tokens=max_tokens,
@@ -75,9 +81,23 @@ def make_report(
         left_out=tuple(left_out),
         buckets=_buckets(checked),
         captions=facts,
-        notices=(*([base.notice] if base.notice else []), *found.notices),
+        notices=(*([base.notice] if base.notice else []), *undrawn, *found.notices),
         advice=tuple(said),
     )
+
+
+def _undrawn(folders: Sequence[FolderOptions], pictures: Sequence[Picture]) -> list[str]:
+    """Sentences on the class pictures that are not there yet."""
+    said = []
+    for options in folders:
+        missing = options.class_pictures - sum(one.options == options for one in pictures)
+        if missing > 0:
+            said.append(
+                f"{counted(missing, 'class picture')} still to be drawn into '{options.folder}': "
+                f"training has the base do that first, and nothing of "
+                f"{'it' if missing == 1 else 'them'} is in this report."
+            )
+    return said
 
 
 def _checked_views(views: Sequence[View], step_px: int) -> tuple[CheckedView, ...]:
@@ -182,8 +202,9 @@ def _picture_marks(views: Sequence[CheckedView], measured: Measures) -> list[Mar
 
 
 def _without_common_marks(pictures: Sequence[CheckedPicture]) -> list[CheckedPicture]:
-    counts = Counter(mark.kind for one in pictures for mark in one.marks)
-    common = {kind for kind in OF_SETTINGS if counts[kind] > MOST * len(pictures)}
+    trained = [one for one in pictures if one.kind == "training"]
+    counts = Counter(mark.kind for one in trained for mark in one.marks)
+    common = {kind for kind in OF_SETTINGS if counts[kind] > MOST * len(trained)}
     return [
         replace(one, marks=tuple(mark for mark in one.marks if mark.kind not in common))
         for one in pictures

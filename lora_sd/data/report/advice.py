@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median_low
 
+from lora_sd.data.findings import counted
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.picture_set import LeftOut
 from lora_sd.data.report.facts import CaptionFacts, CheckedPicture, TokenCounts
@@ -23,17 +24,19 @@ FILLERS = {
 
 
 def caption_facts(pictures: Sequence[CheckedPicture]) -> CaptionFacts:
-    """What the training captions have in common."""
+    """What the training captions have in common, and not with those of regularisation."""
     captions = [one.caption for one in pictures if one.kind == "training"]
     tokens = [one.tokens for one in pictures if one.kind == "training"]
     tags: Counter[str] = Counter()
     for caption in captions:
         tags.update(_tags(caption))
+    prior = [one.caption for one in pictures if one.kind == "regularisation"]
     same = [(text, n) for text, n in Counter(captions).most_common(MOST_TAGS) if n > 1 and text]
     return CaptionFacts(
         tokens=TokenCounts(min(tokens), median_low(tokens), max(tokens)) if tokens else None,
         tags=tuple(tags.most_common(MOST_TAGS)),
-        on_every=tuple(_on_every(captions)) if len(captions) > 1 else (),
+        tags_once=sum(count == 1 for count in tags.values()),
+        on_every=tuple(_on_every(captions, prior)) if len(captions) > 1 else (),
         same=tuple(same),
         empty=sum(not caption for caption in captions),
     )
@@ -45,12 +48,14 @@ def _tags(caption: str) -> list[str]:
     return list(dict.fromkeys(tag for tag in tags if tag)) if len(tags) > 1 else []
 
 
-def _on_every(captions: Sequence[str]) -> list[str]:
-    """The tags of every caption, in the first one's order; where there are none, the words."""
+def _on_every(captions: Sequence[str], prior: Sequence[str]) -> list[str]:
+    """The tags of every caption but not of prior ones, in the first one's order; where there are
+    none, the words."""
+    elsewhere = {part.lower() for caption in prior for part in _tags(caption) + _words(caption)}
     for parts in (_tags, _words):
         common = set(parts(captions[0])).intersection(*map(parts, captions[1:]))
-        if common:
-            return [part for part in parts(captions[0]) if part in common]
+        if own := [p for p in parts(captions[0]) if p in common and p.lower() not in elsewhere]:
+            return own
     return []
 
 
@@ -62,41 +67,62 @@ def _words(caption: str) -> list[str]:
 def advice(
     pictures: Sequence[CheckedPicture],
     left_out: Sequence[LeftOut],
+    without_caption: Sequence[str],
     facts: CaptionFacts,
     folders: Sequence[FolderOptions],
     max_tokens: int,
+    bad: str,
 ) -> list[str]:
-    """Sentences on what to do, the gravest first; always at least one."""
+    """Sentences on what to do, the gravest first; always at least one. But for files, they are on
+    what is learnt: the training pictures.
+
+    Args:
+        without_caption: as of `PictureSet`.
+        bad: 'fail' or 'skip', what training does about files that cannot be used.
+    """
     trained = [one for one in pictures if one.kind == "training"]
+    prior = any(one.kind == "regularisation" for one in pictures)
     said = [
-        *_on_files(pictures, left_out),
-        *_on_looks(pictures),
-        *_on_sizes(pictures, folders),
-        *_on_captions(trained, facts, max_tokens),
+        *_on_files(pictures, left_out, bad),
+        *without_caption,
+        *_on_likeness(pictures),
+        *_on_looks(trained),
+        *_on_sizes(trained, folders),
+        *_on_captions(trained, facts, max_tokens, prior),
     ]
     if 0 < len(trained) < FEW_PICTURES:
         said.append(
-            f"{_count(len(trained))} to train on {_are(len(trained))} few: what is the same in all "
-            f"of them, ground and light included, is learnt with the subject."
+            f"{counted(len(trained))} to train on {_are(len(trained))} few: what is the same in "
+            f"all of them, ground and light included, is learnt with the subject."
         )
     return said or ["Nothing stands out."]
 
 
-def _on_files(pictures: Sequence[CheckedPicture], left_out: Sequence[LeftOut]) -> list[str]:
+def _on_files(
+    pictures: Sequence[CheckedPicture], left_out: Sequence[LeftOut], bad: str
+) -> list[str]:
     said = []
     if n := sum(not one.on_purpose for one in left_out):
-        said.append(
-            f"{_count(n, 'file')} cannot be used: mend or remove {'it' if n == 1 else 'them'}, or "
-            f"set data.bad_pictures to skip."
-        )
+        it = "it" if n == 1 else "them"
+        rest = "or set data.bad_pictures to skip" if bad == "fail" else f"else {it} will be skipped"
+        said.append(f"{counted(n, 'file')} cannot be used: mend or remove {it}, {rest}.")
     if same := _marked(pictures, "same-file"):
         said.append(
             f"{_of(same, pictures)} {_are(len(same))} the same file as another: remove "
             f"{shown_list(same)}."
         )
-    if like := _marked(pictures, "near-duplicate"):
+    return said
+
+
+def _on_likeness(pictures: Sequence[CheckedPicture]) -> list[str]:
+    said = []
+    trained = [one for one in pictures if one.kind == "training"]
+    twice = [
+        one for one in trained if one.like is not None and pictures[one.like].kind == "training"
+    ]
+    if like := _marked(twice, "near-duplicate"):
         said.append(
-            f"{_of(like, pictures)} may be {_near(len(like))} of another, which is then "
+            f"{_of(like, trained)} may be {_near(len(like))} of another, which is then "
             f"learnt more than the rest: keep one of each ({shown_list(like)} may go)."
         )
     return said
@@ -142,7 +168,7 @@ def _on_sizes(pictures: Sequence[CheckedPicture], folders: Sequence[FolderOption
 
 
 def _on_captions(
-    trained: Sequence[CheckedPicture], facts: CaptionFacts, max_tokens: int
+    trained: Sequence[CheckedPicture], facts: CaptionFacts, max_tokens: int, prior: bool
 ) -> list[str]:
     said = []
     if cut := _marked(trained, "caption-cut"):
@@ -150,13 +176,13 @@ def _on_captions(
         enough = next((n for n in (150, 225) if n > max_tokens and n >= longest), None)
         hint = f", or set data.max_tokens to {enough}" if enough else ""
         said.append(
-            f"{_count(len(cut), 'caption')} {'is' if len(cut) == 1 else 'are'} longer than "
+            f"{counted(len(cut), 'caption')} {'is' if len(cut) == 1 else 'are'} longer than "
             f"{max_tokens} tokens and {'loses its' if len(cut) == 1 else 'lose their'} end: "
             f"shorten {shown_list(cut)}{hint}."
         )
     if facts.empty:
         said.append(
-            f"{_count(facts.empty)} {'has' if facts.empty == 1 else 'have'} an empty caption, and "
+            f"{counted(facts.empty)} {'has' if facts.empty == 1 else 'have'} an empty caption, and "
             f"{'is' if facts.empty == 1 else 'are'} learnt as what the base draws unasked."
         )
     if len(trained) < 2:
@@ -175,11 +201,14 @@ def _on_captions(
         )
     if facts.on_every:
         words = shown_list([_short(word) for word in facts.on_every])
-        said.append(f"Every caption has {words}: that may call the result in a prompt.")
+        every = "Every training caption has" if prior else "Every caption has"
+        said.append(f"{every} {words}: that may call the result in a prompt.")
     elif not facts.empty:
+        none = "No word is in every caption"
+        if prior:
+            none = "No word is in every training caption and in no regularisation caption"
         said.append(
-            "No word is in every caption, so no word will call the result: data.trigger_word puts "
-            "one in front of each."
+            f"{none}, so no word will call the result: data.trigger_word puts one in front of each."
         )
     return said
 
@@ -189,11 +218,7 @@ def _marked(pictures: Sequence[CheckedPicture], kind: str) -> list[str]:
 
 
 def _of(names: Sequence[str], pictures: Sequence[CheckedPicture]) -> str:
-    return f"{len(names)} of {_count(len(pictures))}"
-
-
-def _count(number: int, what: str = "picture") -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{len(names)} of {counted(len(pictures))}"
 
 
 def _are(number: int) -> str:

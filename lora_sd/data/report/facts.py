@@ -100,13 +100,16 @@ class CaptionFacts:
     Attributes:
         tokens: None without pictures.
         tags: (tag, pictures that have it) of captions in which commas part tags, most first.
-        on_every: tags, else words, that every picture has: what may call the result.
+        tags_once: how many of all tags one picture alone has.
+        on_every: tags, else words, that every picture has, and no regularisation caption: what may
+            call the result.
         same: (caption, pictures that share it), of two or more, most first.
         empty: pictures without any caption.
     """
 
     tokens: TokenCounts | None
     tags: tuple[tuple[str, int], ...]
+    tags_once: int
     on_every: tuple[str, ...]
     same: tuple[tuple[str, int], ...]
     empty: int
@@ -132,6 +135,18 @@ class Report:
         return [one for one in self.left_out if not one.on_purpose]
 
     @property
+    def kinds(self) -> set[str]:
+        """What the pictures are for."""
+        return {one.kind for one in self.pictures}
+
+    @property
     def showings(self) -> float:
         """Pictures shown in an epoch."""
         return sum(one.showings for one in self.pictures)
+
+
+def shown_number(number: float) -> str:
+    """As people say it: '112', 'about 112' or '1.5'."""
+    if number == round(number) or number < 10:
+        return f"{number:.2f}".rstrip("0").rstrip(".")
+    return f"about {number:.0f}"
