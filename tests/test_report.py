@@ -307,6 +307,15 @@ def test_the_page_is_one_file_whose_links_lead_somewhere(report_of: Callable[...
     assert "script" not in found.tags and "main" in found.tags
 
 
+def test_tags_of_one_picture_are_counted_not_listed(
+    report_of: Callable[..., Report], tmp_path: Path
+) -> None:
+    fill(tmp_path / "pictures", tidy(), "tag {stem}, sks, ink")
+    html = page(report_of())
+    assert "<td>sks</td><td>6</td>" in html and "<td>tag 1</td>" not in html
+    assert "<li>6 tags of one picture alone.</li>" in html
+
+
 def test_many_pictures_make_a_page_of_bounded_size(report_of: Callable[..., Report]) -> None:
     report = report_of({**tidy(), "again.png": noise(0)})
     many = replace(report, pictures=report.pictures * 600)  # 4200, of which 600 are marked

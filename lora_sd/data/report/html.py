@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from lora_sd.data.report.facts import CheckedPicture, CheckedView, Report
+from lora_sd.data.findings import counted
+from lora_sd.data.report.facts import CheckedPicture, CheckedView, Report, shown_number
 
 FIRST_SHOWN = 300
 MOST_SHOWN = 1500
@@ -94,7 +95,7 @@ def _facts(report: Report) -> str:
         (len(report.pictures), "used"),
         (len(report.unusable), "cannot be used"),
         (marked, "stand out"),  # what most pictures have, the advice tells
-        (_number(report.showings), "shown in an epoch"),
+        (shown_number(report.showings), "shown in an epoch"),
     ]
     items = "".join(f"<div><dt>{what}</dt><dd>{number}</dd></div>" for number, what in facts)
     return f'<dl class="facts">{items}</dl>'
@@ -208,7 +209,8 @@ def _groups(report: Report, drawn: set[int]) -> str:
 
 def _buckets(report: Report) -> str:
     rows = [
-        (_size(one.size_px), str(one.pictures), _number(one.showings)) for one in report.buckets
+        (_size(one.size_px), str(one.pictures), shown_number(one.showings))
+        for one in report.buckets
     ]
     head = ("Size", "Pictures", "Shown in an epoch")
     return _plain_table(head, rows)
@@ -227,7 +229,9 @@ def _captions(report: Report) -> str:
         said.append(f"On every picture: {', '.join(facts.on_every[:MOST_TAGS])}.")
     for text, count in facts.same[:5]:
         said.append(f"{count} pictures share the caption '{text}'.")
-    tags = [(_text(tag), str(count)) for tag, count in facts.tags[:MOST_TAGS]]
+    if facts.tags_once:
+        said.append(f"{counted(facts.tags_once, 'tag')} of one picture alone.")
+    tags = [(_text(tag), str(count)) for tag, count in facts.tags[:MOST_TAGS] if count > 1]
     table = _plain_table(("Tag", "Pictures"), tags) if tags else ""
     return _list(said) + table
 
@@ -260,7 +264,7 @@ def _row(report: Report, number: int, heads: Sequence[str]) -> str:
         f"{_caption(one)}<small>from {_text(one.caption_source)}"
         f"{'; drawn anew each time' if one.varies else ''}</small>",
         str(one.tokens),
-        _number(one.showings),
+        shown_number(one.showings),
         one.mask or "none",
     ]
     inside = "".join(
@@ -299,10 +303,6 @@ def _names(report: Report) -> str:
 
 def _size(size_px: tuple[int, int]) -> str:
     return f"{size_px[0]} x {size_px[1]}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _text(text: str) -> str:
