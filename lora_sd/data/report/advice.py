@@ -83,7 +83,7 @@ def advice(
     trained = [one for one in pictures if one.kind == "training"]
     prior = any(one.kind == "regularisation" for one in pictures)
     said = [
-        *_on_files(pictures, left_out, bad),
+        *_on_files(left_out, bad),
         *without_caption,
         *_on_likeness(pictures),
         *_on_looks(trained),
@@ -98,24 +98,22 @@ def advice(
     return said or ["Nothing stands out."]
 
 
-def _on_files(
-    pictures: Sequence[CheckedPicture], left_out: Sequence[LeftOut], bad: str
-) -> list[str]:
+def _on_files(left_out: Sequence[LeftOut], bad: str) -> list[str]:
+    number = sum(not one.on_purpose for one in left_out)
+    if not number:
+        return []
+    it, they = ("it", "it is") if number == 1 else ("them", "they are")
+    rest = "or set data.bad_pictures to skip" if bad == "fail" else f"else {they} skipped"
+    return [f"{counted(number, 'file')} cannot be used: mend or remove {it}, {rest}."]
+
+
+def _on_likeness(pictures: Sequence[CheckedPicture]) -> list[str]:
     said = []
-    if n := sum(not one.on_purpose for one in left_out):
-        it = "it" if n == 1 else "them"
-        rest = "or set data.bad_pictures to skip" if bad == "fail" else f"else {it} will be skipped"
-        said.append(f"{counted(n, 'file')} cannot be used: mend or remove {it}, {rest}.")
     if same := _marked(pictures, "same-file"):
         said.append(
             f"{_of(same, pictures)} {_are(len(same))} the same file as another: remove "
             f"{shown_list(same)}."
         )
-    return said
-
-
-def _on_likeness(pictures: Sequence[CheckedPicture]) -> list[str]:
-    said = []
     trained = [one for one in pictures if one.kind == "training"]
     twice = [
         one for one in trained if one.like is not None and pictures[one.like].kind == "training"
