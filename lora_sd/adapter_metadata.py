@@ -11,7 +11,6 @@ import base64
 import io
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -28,8 +27,8 @@ from lora_sd.data.picture_set import Picture
 from lora_sd.data.views import View
 from lora_sd.errors import ConfigError
 from lora_sd.formats import versions
-from lora_sd.formats.layer_tables import EMBEDDED
 from lora_sd.formats.safetensors_file import read_header
+from lora_sd.known_bases import EMBEDDED, HUB_ID
 from lora_sd.run_folder import RunFolder
 
 CONFIG = "lora_sd.config"
@@ -46,7 +45,6 @@ PLACES = (  # settings that say where things lie on a machine
     ("output", "folder"),
     ("output", "name"),
 )
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:

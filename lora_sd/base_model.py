@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lora_sd import layer_names
 from lora_sd.base_files import BaseFiles
-from lora_sd.base_files.components import Part, check_configs, load_parts
+from lora_sd.base_files.components import Part, load_parts
 from lora_sd.base_files.hub import find_base
 from lora_sd.base_files.prediction import find_prediction
 from lora_sd.base_files.scheduler import make_scheduler
@@ -30,6 +30,7 @@ from lora_sd.base_files.tokenizers import load_tokenizers
 from lora_sd.errors import BaseModelError, Problems, UserError
 from lora_sd.formats import versions
 from lora_sd.formats.layer_tables import family_of
+from lora_sd.known_bases import size_step_px
 from lora_sd.text_encoding import CHUNK_TOKENS, TextEmbedding, chunked, hidden_states, token_ids
 
 TEXT_LAYER_OF_SDXL = -2
@@ -134,7 +135,7 @@ class BaseModel:
     @property
     def size_step_px(self) -> int:
         """What the sides of pictures must be multiples of, so that the UNet can halve them."""
-        return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+        return size_step_px(self.unet.config, self.vae.config)
 
     @property
     def kohya_version(self) -> str:
@@ -443,7 +444,7 @@ def load_base_model(
             settings do not go with it.
     """
     files = find_base(name, half=dtype != torch.float32)
-    check_configs(files)
+    files.check_configs()
     problems = Problems()
     with problems.gathered():
         _check_clip_skip(files, clip_skip)

@@ -25,10 +25,9 @@ from transformers import (
 from lora_sd.adapter import Adapter
 from lora_sd.base_files import WEIGHTS, BaseFiles, open_base
 from lora_sd.base_files.baking import Recipe, write_single_file
-from lora_sd.base_files.configs import PUBLISHED, published_configs
 from lora_sd.base_files.metadata import checkpoint_metadata
 from lora_sd.base_files.tensor_stream import write_tensor_file
-from lora_sd.base_files.tokenizers import CLIP
+from lora_sd.known_bases import CLIP_TOKENIZER, PUBLISHED, published_configs
 
 CONFIGS = {family: published_configs(family) for family in PUBLISHED}
 KINDS = ("sd1", "sd2", "sdxl")
@@ -103,7 +102,7 @@ def save_single_file(folder: Path | str, path: Path) -> Path:
 
 def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """The tokenizer that ships with the project; SD 2 and SDXL's second encoder pad with '!'."""
-    tokenizer = CLIPTokenizer.from_pretrained(str(CLIP))
+    tokenizer = CLIPTokenizer.from_pretrained(str(CLIP_TOKENIZER))
     tokenizer.pad_token = pad
     return tokenizer
 

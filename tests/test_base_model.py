@@ -355,6 +355,7 @@ def test_weights_that_are_not_whole_are_refused(folder, part, damage):
     ("name", "said"),
     [
         ("nowhere", "There is no base model 'nowhere'"),
+        ("models/cat.safetensors", "There is no base model.*Name a diffusers folder"),
         ("x" * 300, "File name too long"),
         (".", "holds no model_index.json"),
     ],

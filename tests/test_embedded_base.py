@@ -13,8 +13,8 @@ from lora_sd.config import config_from_values
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.formats import load_adapter
-from lora_sd.formats.layer_tables import EMBEDDED
 from lora_sd.generate import PictureSettings, generate
+from lora_sd.known_bases import EMBEDDED
 from lora_sd.layer_names import layer_shapes
 from lora_sd.run_folder import RunFolder
 from tools import demo

@@ -20,9 +20,9 @@ from PIL import Image
 
 from lora_sd import inject
 from lora_sd.base_files import open_base
-from lora_sd.base_files.configs import published_configs
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.formats.safetensors_file import read_header
+from lora_sd.known_bases import published_configs
 from lora_sd.layer_choice import choose_layers
 from lora_sd.layer_names import layer_shapes
 from lora_sd.merge import MergedWeights

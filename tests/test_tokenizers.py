@@ -8,8 +8,9 @@ from make_bases import make_base
 from transformers import CLIPTokenizer
 
 from lora_sd.base_files import open_base
-from lora_sd.base_files.tokenizers import CLIP, load_tokenizers
+from lora_sd.base_files.tokenizers import load_tokenizers
 from lora_sd.errors import BaseModelError
+from lora_sd.known_bases import CLIP_TOKENIZER, CLIP_TOKENS
 from tools.clip_tokenizer import TOKENS, build
 
 TEXTS = ["a photo of a cat", "hello! World's 1st\n 猫 <|endoftext|> 😀"]
@@ -22,16 +23,16 @@ def folders(tmp_path_factory):
 
 
 def test_known_ids_of_clip():
-    tokenizer = CLIPTokenizer.from_pretrained(str(CLIP))
-    assert len(tokenizer) == TOKENS == 49_408 and tokenizer.model_max_length == 77
+    tokenizer = CLIPTokenizer.from_pretrained(str(CLIP_TOKENIZER))
+    assert len(tokenizer) == TOKENS == CLIP_TOKENS and tokenizer.model_max_length == 77
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("Hello  WORLD!").input_ids == [49406, 3306, 1002, 256, 49407]
 
 
 def test_the_tokens_follow_from_the_merges():
-    merges = (CLIP / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = (CLIP_TOKENIZER / "merges.txt").read_text(encoding="utf-8").splitlines()
     tokens, used = build([*merges[1:], "a merge that CLIP does not use"])
-    assert tokens == json.loads((CLIP / "vocab.json").read_text(encoding="utf-8"))
+    assert tokens == json.loads((CLIP_TOKENIZER / "vocab.json").read_text(encoding="utf-8"))
     assert used == merges[1:]
 
 

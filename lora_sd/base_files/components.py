@@ -175,17 +175,3 @@ def load_parts(
     except UserError as error:
         raise BaseModelError(error.problems) from None
     return sources, modules
-
-
-def check_configs(files: BaseFiles) -> None:
-    """Raises BaseModelError where a model does not say how its parts are built."""
-    missing = files.missing_configs()
-    if missing and files.is_folder:
-        raise BaseModelError(
-            f"The base model '{files.name}' lacks {shown_list(missing)}. Get it again."
-        )
-    if missing:
-        raise BaseModelError(
-            f"'{files.name}' is of no published family (SD 1, SD 2, SDXL) and does not say how it "
-            f"is built. Name its diffusers folder, or a file that this project's `bake` made of it."
-        )

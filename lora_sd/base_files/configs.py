@@ -1,33 +1,23 @@
 """Configs of a base model's parts: what says how to build them, beside their weights.
 
 A diffusers folder has them. A single file has none: those of the published families ship with this
-project in `model_configs.json` (the tables of Hugging Face's repositories of Stable Diffusion 1.5,
-2.1 and XL base), and a file that this project writes of any other model carries its own, and its
-tokenizers, in its metadata.
+project, and a file that this project writes of any other model carries its own, and its tokenizers,
+in its metadata.
 """
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lora_sd.errors import BaseModelError
+from lora_sd.known_bases import CLIP_TOKENS, PUBLISHED, published_configs
 
 METADATA_KEY = "lora_sd.model_files"
-PUBLISHED = ("sd15", "sd21", "sdxl")
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 Config = dict[str, Any]
-
-
-@cache
-def published_configs(family: str) -> Mapping[str, Config]:
-    """Config of each part of 'sd15', 'sd21' or 'sdxl'. Do not change it."""
-    table = json.loads(Path(__file__).with_name("model_configs.json").read_text(encoding="utf-8"))
-    found: Mapping[str, Config] = table[family]
-    return found
 
 
 def config_file(component: str) -> str:
@@ -61,7 +51,9 @@ def packed(folder: Path, family: str) -> dict[str, str]:
     if family in PUBLISHED and not _differ(configs, published_configs(family)):
         return {}
     files = {name: json.dumps(config) for name, config in configs.items()}
-    has_own_tokens = any(config.get("vocab_size", 49_408) != 49_408 for config in configs.values())
+    has_own_tokens = any(
+        config.get("vocab_size", CLIP_TOKENS) != CLIP_TOKENS for config in configs.values()
+    )
     for name in TOKENIZERS if has_own_tokens else ():
         for file in TOKENIZER_FILES:
             if (folder / name / file).is_file():

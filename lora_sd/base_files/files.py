@@ -12,7 +12,9 @@ from torch import Size, Tensor
 from lora_sd.base_files import configs
 from lora_sd.base_files.original import OPEN_CLIP, Piece
 from lora_sd.base_files.tensor_stream import StoredTensor
+from lora_sd.errors import BaseModelError, shown_list
 from lora_sd.formats.layer_tables import family_of
+from lora_sd.known_bases import PUBLISHED, published_configs
 
 WEIGHTS = {  # component: name of its weights, without '.safetensors'
     "unet": "diffusion_pytorch_model",
@@ -123,13 +125,27 @@ class BaseFiles:
             return configs.read_json(path) if path.is_file() else {}
         if self._packed:
             return dict(json.loads(self._packed.get(name, "{}")))
-        known = self.family in configs.PUBLISHED
-        return dict(configs.published_configs(self.family).get(component, {})) if known else {}
+        known = self.family in PUBLISHED
+        return dict(published_configs(self.family).get(component, {})) if known else {}
 
     def missing_configs(self) -> list[str]:
         """Configs that would be wanted to build the model, by their place in a folder."""
         parts = [component for component in WEIGHTS if self.has_component(component)]
         return [configs.config_file(one) for one in (*parts, "scheduler") if not self.config(one)]
+
+    def check_configs(self) -> None:
+        """Raises BaseModelError where the model does not say how its parts are built."""
+        missing = self.missing_configs()
+        if missing and self.is_folder:
+            raise BaseModelError(
+                f"The base model '{self.name}' lacks {shown_list(missing)}. Get it again."
+            )
+        if missing:
+            raise BaseModelError(
+                f"'{self.name}' is of no published family (SD 1, SD 2, SDXL) and does not say how "
+                f"it is built. Name its diffusers folder, or a file that this project's `bake` "
+                f"made of it."
+            )
 
     def packed_files(self, folder: str) -> dict[str, str]:
         """{name: text} of a folder's files that a single file carries in its metadata."""

@@ -1,7 +1,6 @@
 """Find and open a base model's files, and check that they are a Stable Diffusion's."""
 
 import os
-import re
 from pathlib import Path
 
 from lora_sd.base_files import configs, foreign, pickles
@@ -10,9 +9,7 @@ from lora_sd.base_files.folder import folder_entries, only_pickled
 from lora_sd.base_files.original import UNET, from_original
 from lora_sd.base_files.tensor_stream import read_header
 from lora_sd.errors import BaseModelError, shown_list
-from lora_sd.formats.layer_tables import EMBEDDED
-
-HUB_ID = re.compile(r"\w[\w.\-]*/\w[\w.\-]*", re.ASCII)
+from lora_sd.known_bases import EMBEDDED, HUB_ID
 
 
 class NotHere(BaseModelError):

@@ -76,10 +76,10 @@ def said(files: BaseFiles) -> tuple[str | None, bool | None]:
     zero_said = ZERO_SNR_KEY in keys or metadata.get("ss_zero_terminal_snr") == "True"
     if V_KEY in keys:
         return "v_prediction", zero_said
-    if said := metadata.get("modelspec.prediction_type", "").lower():
-        return NAMES.get(said, said), zero_said
-    if said := KOHYA_V.get(metadata.get("ss_v_parameterization", "").lower()):
-        return said, zero_said
+    if modelspec := metadata.get("modelspec.prediction_type", "").lower():
+        return NAMES.get(modelspec, modelspec), zero_said
+    if by_kohya := KOHYA_V.get(metadata.get("ss_v_parameterization", "").lower()):
+        return by_kohya, zero_said
     kohya = metadata.get("ss_base_model_version", "")
     if metadata.get("modelspec.architecture", "").endswith("-v") or kohya.endswith("_v"):
         return "v_prediction", zero_said

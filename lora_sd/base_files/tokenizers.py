@@ -1,5 +1,4 @@
-"""A base model's tokenizers: its own, or CLIP's, which ships with the project and which every
-published Stable Diffusion has (`tools/clip_tokenizer.py` makes it)."""
+"""A base model's tokenizers: its own, or CLIP's, which ships with the project."""
 
 import tempfile
 from pathlib import Path
@@ -9,9 +8,8 @@ from transformers import CLIPTokenizer
 from lora_sd.base_files.configs import TOKENIZERS
 from lora_sd.base_files.files import BaseFiles
 from lora_sd.errors import BaseModelError
+from lora_sd.known_bases import CLIP_TOKENIZER, CLIP_TOKENS
 
-CLIP = Path(__file__).resolve().parents[2] / "assets" / "clip_tokenizer"
-CLIP_TOKENS = 49_408
 PAD_OF_OPEN_CLIP = "!"
 """Token 0, with which OpenCLIP fills a text up: in SD 2, and in SDXL's second encoder."""
 
@@ -41,7 +39,7 @@ def _load(files: BaseFiles, name: str, wanted_tokens: int) -> CLIPTokenizer:
                     f"The base model '{files.name}' lacks its {name}, which is not CLIP's: its "
                     f"text encoder knows {wanted_tokens:,} tokens."
                 )
-            tokenizer = CLIPTokenizer.from_pretrained(str(CLIP), local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(str(CLIP_TOKENIZER), local_files_only=True)
             if name == "tokenizer_2" or files.has_open_clip:
                 # Set afterwards: named at the start, '!' in a text would become that token too.
                 tokenizer.pad_token = PAD_OF_OPEN_CLIP

@@ -13,12 +13,11 @@ from pathlib import Path
 from torch import Size
 
 from lora_sd.formats.safetensors_file import read_header
+from lora_sd.known_bases import EMBEDDED
 from lora_sd.parts import TOKENS
 
 FAMILIES = ("tiny-sd", "sd15", "sd21", "sdxl")
 DATA = Path(__file__).with_name("layer_shapes.json")
-EMBEDDED = {"tiny-sd": Path(__file__).resolve().parents[2] / "assets" / "tiny-sd"}
-"""Models that ship with the project, by name."""
 
 
 @cache

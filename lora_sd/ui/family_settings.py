@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_sd.config import config_from_values, read_yaml
-from lora_sd.data.report.base_facts import HUB_ID, family_by_name
+from lora_sd.data.report.base_facts import family_by_name
 from lora_sd.errors import ConfigError, UserError
 from lora_sd.ui import fields
 from lora_sd.ui.launch import PROJECT
@@ -84,7 +84,7 @@ def family_of(model: str) -> tuple[str, bool]:
     try:
         return open_base(model).family, False
     except NotHere:
-        return (family_by_name(model), True) if HUB_ID.fullmatch(model) else ("", False)
+        return family_by_name(model), True
     except UserError:
         return "", False
 

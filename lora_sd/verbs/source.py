@@ -99,7 +99,8 @@ def base_reader(base: str | None) -> "Callable[[str], torch.Tensor] | None":
         BaseModelError: the base cannot be read.
     """
     from lora_sd.base_files import open_base
-    from lora_sd.formats.layer_tables import EMBEDDED, FAMILIES
+    from lora_sd.formats.layer_tables import FAMILIES
+    from lora_sd.known_bases import EMBEDDED
 
     if base is None or (base in FAMILIES and base not in EMBEDDED):
         return None
