@@ -205,6 +205,8 @@ def test_an_empty_caption_counts_where_it_is_asked_for(cats):
     sources = ["the setting 'caption'", "1.txt", "2.txt", "metadata.jsonl"]
     assert [one.caption_source for one in found.pictures] == sources
     assert [one.caption for one in found.pictures] == ["", "", "a blue cat", ""]
+    (cats / "2.txt").unlink()
+    assert not told(read(cats, caption=""), "same caption")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a run does with folders, sizes, captions, masks and caches."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -150,6 +151,48 @@ def test_class_pictures_are_drawn_once(run_settings, tmp_path):
     run_settings["output"]["name"] = "again"
     assert losses(train(run_settings)) == losses(run)
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
+
+
+def test_a_stop_while_class_pictures_are_drawn_is_resumable(run_settings, tmp_path, monkeypatch):
+    entry = {"folder": str(tmp_path / "drawn"), "kind": "regularisation", "caption": "a wall"}
+    run_settings["data"]["folders"] = [{**entry, "class_pictures": 2}]
+    run_settings["sample"] = {"steps": 2}
+    draw = run_data.draw_missing
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments)
+
+    monkeypatch.setattr(run_data, "draw_missing", interrupted)
+    assert trainer.train(config_from_values(run_settings), "run") == EXIT_RESUMABLE
+    run = RunFolder(run_settings["output"]["folder"] + "/run")
+    assert run.read_status().state == "stopped"
+    monkeypatch.undo()
+    assert resume(run) == 0
+
+
+def test_the_cache_may_be_deleted_during_a_run(run_settings, monkeypatch):
+    straight = train(run_settings)
+    run_settings["output"]["name"] = "again"
+    append = RunFolder.append_metrics
+
+    def delete_and_append(self, values):
+        shutil.rmtree(straight.path.parent / ".cache", ignore_errors=True)
+        append(self, values)
+
+    monkeypatch.setattr(RunFolder, "append_metrics", delete_and_append)
+    assert losses(train(run_settings)) == losses(straight)
+
+
+def test_training_without_captions(run_settings, image_folder):
+    for file in image_folder.glob("*.txt"):
+        file.unlink()
+    run_settings["data"]["caption"] = None
+    with pytest.raises(UserError, match="or set data.caption, which may be empty"):
+        train(run_settings)
+    run_settings["data"]["caption"] = ""
+    log = train(run_settings).log_file.read_text()
+    assert "captions: 5 of the setting 'caption'" in log
 
 
 def test_bad_pictures_stop_the_run_or_are_left_out_and_told(run_settings, image_folder):

@@ -207,7 +207,8 @@ def _about_content(pictures: Sequence[Picture]) -> list[str]:
             names = [f"{g[0].name} = {g[1].name}" + " = ..." * (len(g) > 2) for g in groups]
             notices.append(f"{what}: {len(groups)} ({shown_list(names)}).")
     training = [one for one in pictures if one.options.kind == "training"]
-    if len(training) > 1 and len({one.caption for one in training}) == 1:
+    alike = {one.caption for one in training}
+    if len(training) > 1 and len(alike) == 1 and alike != {""}:
         notices.append(
             f"All {len(training)} training pictures have the same caption: "
             f"'{training[0].caption[:60]}'."
