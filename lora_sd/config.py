@@ -148,7 +148,7 @@ class FolderGroup(PerFolderGroup):
     kind: Literal["training", "regularisation", "validation"] = "training"
     """What its pictures are for: to learn; to stay as they are (prior preservation: shown as often
     as the others all together); or to measure the loss on, unseen."""
-    repeats: float = Field(1.0, gt=0, le=1000)
+    repeats: float = Field(1.0, ge=0.01, le=1000)
     """How often each picture is shown in an epoch, times what its folder's name says ('10_cat');
     0.5: every other epoch."""
     loss_weight: float = Field(1.0, ge=0, le=100)

@@ -138,10 +138,10 @@ def describe(
         groups.setdefault((picture.options, inside, picture.repeats), []).append(picture)
     lines += [f"  {_folder_line(*key, pictures)}" for key, pictures in groups.items()]
     lines += [f"Left out: '{one.file}' {one.reason}" for one in left_out]
-    epoch = data.order.epoch_size(0)
+    epoch = data.order.mean_epoch_size
     lines.append(
         f"{len({view.picture.file for view in views})} pictures used, {len(left_out)} left out. An "
-        f"epoch shows {epoch}: {describe_sizes(data.first_epoch())}."
+        f"epoch shows {epoch:g}: {describe_sizes(data.first_epoch())}."
     )
     lines.append(f"{steps} steps of {step_pictures}: {steps * step_pictures / epoch:.1f} epochs.")
     return lines

@@ -126,12 +126,18 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             record.beat()
             return stop.requested
 
+        def is_to_stop() -> bool:
+            """Whether any of the processes was asked to: all leave the loop at the same step."""
+            return float(accelerator.reduce(torch.tensor(float(stop.requested)).to(device))) > 0
+
         # --- class pictures that the base has yet to draw, where a folder wants some ---
         if run_data.wants_class_pictures(config):
             with record.during("starting", "drawing class pictures"):
                 if is_main:
                     told += run_data.draw_class_pictures(base, config, beat)
-                accelerator.wait_for_everyone()
+            if is_to_stop():
+                record.state("stopped", "stopped before the first step", 0)
+                return EXIT_RESUMABLE
             pictures = run_data.read_pictures(config, stop)
             views, too_small = make_views(pictures, base.size_step_px, bad)
         identity = checkpoint.Identity(
@@ -162,10 +168,6 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                     keep = config.output.keep_checkpoints
                     checkpoint.save(run, step, adapter, state, identity, keep)
                 accelerator.wait_for_everyone()
-
-        def is_to_stop() -> bool:
-            """Whether any of the processes was asked to: all leave the loop at the same step."""
-            return float(accelerator.reduce(torch.tensor(float(stop.requested)).to(device))) > 0
 
         # --- what stays the same while training: latents, text embeddings, the noise schedule ---
         log.info("Run folder: %s", run.path)
@@ -200,9 +202,11 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
             base.enable_gradient_checkpointing()
         unet, encoders = base.unet, base.text_encoders
         if world > 1:
-            unet = accelerator.prepare_model(unet)
+            unet = accelerator.prepare_model(unet) if _learns(unet) else unet
             if trains_text:
-                encoders = [accelerator.prepare_model(encoder) for encoder in encoders]
+                encoders = [
+                    accelerator.prepare_model(one) if _learns(one) else one for one in encoders
+                ]
         drops = layer_options.dropout or layer_options.rank_dropout or layer_options.module_dropout
         optimizer = accelerator.prepare_optimizer(optimizer)
         samples = sample_settings(config, base, run.name)
@@ -289,6 +293,11 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
         log.info("Finished after %.0f s.", time.monotonic() - started)
         record.state("finished", verified, step)
         return 0
+
+
+def _learns(model: torch.nn.Module) -> bool:
+    """Whether anything of a model is trained; DDP refuses one of which nothing is."""
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

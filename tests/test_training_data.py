@@ -158,11 +158,33 @@ def test_masks_weigh_the_loss_place_by_place(base, folder, image_folder):
     assert torch.equal(masks["a green wall"], torch.ones(1, 8, 8))
 
 
-def test_a_picture_that_leaves_the_cache_is_named(base, folder):
+def test_what_leaves_the_cache_is_encoded_again(base, folder):
+    data = data_of(base, folder)
+    before = rows(data.batches(0, STEP))
+    data._store = MemoryStore()
+    assert rows(data.batches(0, STEP)) == before
+
+
+def test_a_cache_that_keeps_nothing_is_said(base, folder, monkeypatch):
     data = data_of(base, folder)
     data._store = MemoryStore()
-    with pytest.raises(DataError, match="The cache has lost .*--resume"):
+    monkeypatch.setattr(MemoryStore, "put", lambda *_: None)
+    with pytest.raises(DataError, match="does not keep it"):
         data.batches(0, STEP)
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_tags": True}, {"learns_text": True}])
+def test_captions_that_are_cut_are_told_whatever_is_drawn(base, folder, image_folder, options):
+    (image_folder / "0.txt").write_text("word, " * 60)
+    learns = {"learns_text": options.pop("learns_text", False)}
+    data = data_of(base, replace(folder, **options), **learns)
+    assert any("1 caption of more than" in said for said in data.encode(lambda *_: False))
+
+
+def test_an_epoch_may_be_less_than_a_picture(base, folder):
+    data = data_of(base, replace(folder, repeats=0.01))
+    assert data.order.epoch_size(0) == 0 and data.order.mean_epoch_size == pytest.approx(0.07)
+    assert len(rows(data.batches(0, STEP))) == STEP
 
 
 def test_pictures_too_small_for_any_bucket_are_named_or_left_out(folder, image_folder):

@@ -75,6 +75,11 @@ class Order:
         """How many showings an epoch has."""
         return self.epoch_start(epoch + 1) - self.epoch_start(epoch)
 
+    @property
+    def mean_epoch_size(self) -> float:
+        """How many showings an epoch has in the mean; below 1 where repeats are small."""
+        return float(self._rate)
+
     def epoch_start(self, epoch: int) -> int:
         """How many showings all epochs before it have."""
         return sum(int(len(items) * epoch * rate) for rate, items in self._groups)

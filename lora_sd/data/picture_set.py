@@ -84,6 +84,11 @@ def load_picture(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
     options, data = picture.options, _same(picture.file, picture.sha256)
     with room_for(data):
         decoded = images.decode(data, options.background)
+    if decoded.rgb.size != picture.size_px:  # what an index remembers of it is not true
+        raise DataError(
+            f"'{picture.file}' has not the size that was noted of it. Delete 'pictures.json' in "
+            f"the folder of the cache, and start again."
+        )
     if picture.mask is not None:
         mask = images.decode_mask(_same(picture.mask, picture.mask_sha256))
         if mask.size != decoded.rgb.size:

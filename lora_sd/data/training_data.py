@@ -5,6 +5,7 @@ on how often it was shown before, alone: neither batches, accumulation, processe
 interrupted run goes on change what is seen.
 """
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from lora_sd.data.views import View
 from lora_sd.errors import DataError
 from lora_sd.randomness import generator, seed_at
 
+log = logging.getLogger("lora_sd")
 VALIDATION_TIMES = 4
 
 
@@ -105,11 +107,11 @@ class TrainingData:
         if self._learns_text:
             return [""]
         views = self.held_out if self.texts_vary else [*self.shown, *self.held_out]
-        plain = [plain_caption(view.picture.caption, view.picture.options) for view in views]
-        return list(dict.fromkeys([*plain, ""]))
+        return list(dict.fromkeys([*map(_plain, views), ""]))
 
     def first_epoch(self) -> Counter[tuple[int, int]]:
-        """How many pictures of each size (width, height) the first epoch shows."""
+        """How many pictures of each size (width, height) the first epoch shows; it shows none
+        where repeats are small."""
         steps = -(-self.order.epoch_size(0) // self._step_pictures)
         return Counter(
             self.shown[seen.item].crop.size_px
@@ -127,21 +129,26 @@ class TrainingData:
         Raises:
             DataError: the VAE gives no finite numbers for some pictures, which are named.
         """
-        said = []
         damaged = self._store.damaged
         encode_views(self._base, [*self.shown, *self.held_out], self._store, on_done=on_done)
         texts = self.texts()
         encode_captions(self._base, texts, self._store, self._max_tokens, on_done=on_done)
+        said = self._cut_captions()
         if count := self._store.damaged - damaged:
             said.append(f"Damaged entries of the cache that have been made again: {count}.")
+        return said
+
+    def _cut_captions(self) -> list[str]:
+        """A sentence on the captions of which not all is read."""
+        texts = list(dict.fromkeys(map(_plain, [*self.shown, *self.held_out])))
         counts = zip(texts, self._base.token_counts(texts), strict=True)
         cut = [text for text, tokens in counts if tokens > self._max_tokens]
-        if cut:
-            said.append(
-                f"{counted(len(cut), 'caption')} of more than {self._max_tokens} tokens, the ends "
-                f"of which are not read, such as '{cut[0][:60]}...': see data.max_tokens."
-            )
-        return said
+        if not cut:
+            return []
+        return [
+            f"{counted(len(cut), 'caption')} of more than {self._max_tokens} tokens, the ends "
+            f"of which are not read, such as '{cut[0][:60]}...': see data.max_tokens."
+        ]
 
     def release(self) -> None:
         """Let the VAE, and the text encoders where all texts are encoded, leave memory."""
@@ -230,7 +237,7 @@ class TrainingData:
         """The validation pictures, one at a time, each at fixed timesteps with fixed noise."""
         times = self._schedule.config.num_train_timesteps
         for number, view in enumerate(self.held_out):
-            text = plain_caption(view.picture.caption, view.picture.options)
+            text = _plain(view)
             shown = []
             for k in range(VALIDATION_TIMES):
                 draw = generator(self._seed, "validation", number, k)
@@ -243,11 +250,19 @@ class TrainingData:
 
     def _read(self, key: str, what: str) -> dict[str, Tensor]:
         entry = self._store.get(key)
+        if entry is None:  # the cache may be deleted at any time
+            log.warning("Note: the cache has lost %s, and is filled again.", what)
+            self.encode(lambda done, of: False)
+            self.release()
+            entry = self._store.get(key)
         if entry is None:
-            raise DataError(
-                f"The cache has lost {what} since the start. Go on with --resume: it is made again."
-            )
+            raise DataError(f"The cache has lost {what}, and does not keep it. Start again.")
         return entry
+
+
+def _plain(view: View) -> str:
+    """The caption of a view as it is when nothing is drawn at random."""
+    return plain_caption(view.picture.caption, view.picture.options)
 
 
 @dataclass(frozen=True)
