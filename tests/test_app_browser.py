@@ -240,6 +240,64 @@ def test_from_pictures_to_a_downloaded_adapter(app: App, browser, tmp_path: Path
     assert seen.foreign == []
 
 
+def test_the_form_follows_the_pictures_and_the_base(app: App, browser, tmp_path: Path) -> None:
+    seen = Seen()
+    page = open_page(browser, app, seen)
+
+    def field(name: str):
+        return page.locator(f"#{name}").locator("input, textarea")
+
+    def value_is(name: str, value: str) -> None:
+        page.wait_for_function(
+            "([name, value]) => document.querySelector("
+            "`#${name} input, #${name} textarea`)?.value === value",
+            arg=[name, value],
+        )
+
+    page.locator(".thumbs img").first.wait_for()
+    assert "ink drawing" in field("sample-prompts").input_value()
+
+    # another base: the fields that its config has, but for those set by hand
+    field("adapter-rank").fill("12")
+    field("base-model").fill("nobody/some-xl-model")
+    page.locator("#base-note").get_by_text("Set for SDXL: Resolution (px)").wait_for()
+    page.locator("#base-note").get_by_text("Left as you set it: Rank.").wait_for()
+    value_is("data-resolution_px", "1024")
+    value_is("train-learning_rate", "0.0001")
+    value_is("adapter-rank", "12")
+    field("base-model").fill("tiny-sd")
+    value_is("data-resolution_px", "64")
+
+    # other pictures: their captions as prompts, the field for those without, and the mask
+    for name in ("cat.png", "cat-mask.png", "owl.png"):
+        Image.effect_noise((64, 64), 50 + len(name)).convert("RGB").save(tmp_path / name)
+    (tmp_path / "cat.caption").write_text("a cat")
+    page.get_by_text("Upload pictures").click()
+    files = [str(tmp_path / n) for n in ("cat.png", "cat-mask.png", "owl.png", "cat.caption")]
+    page.locator("#files input[type=file]").set_input_files(files)
+    value_is("sample-prompts", "a cat")
+    page.locator("#mask-note").get_by_text("1 mask file is not used").wait_for()
+    page.get_by_text("2 pictures, 1 without a caption of its own").wait_for()
+    field("data-trigger_word").fill("sks")
+    value_is("sample-prompts", "sks, a cat\nsks")
+    field("data-caption").fill("an owl")
+    value_is("sample-prompts", "sks, a cat\nsks, an owl")
+    page.locator("#check-pictures").click()
+    page.locator("#data-report").get_by_text("Mask files, not used").wait_for()
+
+    # as a data set they are the same
+    field("data-name").fill("forest")
+    page.locator("#start").click()
+    page.wait_for_function("document.querySelector('#folder input')?.value.startsWith('forest')")
+    page.locator(".thumbs").get_by_text("none of its own").first.wait_for()
+    page.wait_for_timeout(1000)  # the emptied upload says nothing of the folder
+    assert field("data-caption").input_value() == "an owl"
+    assert page.locator("#data-caption").is_visible() and page.locator("#mask-note").is_visible()
+    assert field("sample-prompts").input_value() == "sks, a cat\nsks, an owl"
+    assert page.locator("#problems").inner_text().strip() == ""
+    assert seen.errors == [] and seen.foreign == []
+
+
 def test_first_page_comes_soon_and_strangers_get_nothing(tmp_path: Path, browser) -> None:
     app, seen = App(tmp_path / "outputs"), Seen()
     began = time.monotonic()

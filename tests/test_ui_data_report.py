@@ -10,7 +10,7 @@ from PIL import Image
 from ui_fake_trainer import fake_trainer, state, wait_for  # noqa: F401
 
 from lora_sd.ui import fields
-from lora_sd.ui.data_report import check_pictures
+from lora_sd.ui.data_report import SAID_ABOVE, check_pictures
 from lora_sd.ui.launch import Trainer
 from lora_sd.ui.train_handlers import TrainHandlers
 
@@ -74,6 +74,18 @@ def test_problems_are_sentences_in_the_page_s_words(
     small = check_pictures(handlers, form(handlers), "folder", "more/small", {})
     assert re.search("a lower [^.]*Resolution", small.html), small.html[:2000]
     assert "data.resolution_px" not in small.html
+
+
+def test_what_is_said_beside_the_uploads_is_not_said_twice(
+    handlers: TrainHandlers, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    files = [str(tmp_path / "broken.png")]
+    assert "'broken.png'" in handlers.show_upload(files).problems[0]
+    checked = check_pictures(handlers, form(handlers), "upload", None, {"files": files})
+    assert checked.problems == [SAID_ABOVE]
+    none = check_pictures(handlers, form(handlers), "upload", None, {"files": None})
+    assert none.problems == ["Upload some pictures, or use a folder."]
 
 
 def test_what_the_terminal_also_says_is_in_the_panel(

@@ -16,7 +16,7 @@ from lora_sd.ui.launch import Trainer
 from lora_sd.ui.loss_curve import loss_curve
 from lora_sd.ui.run_panel import changes
 from lora_sd.ui.run_view import card_html, duration, read_run
-from lora_sd.ui.train_handlers import TrainHandlers
+from lora_sd.ui.train_handlers import EXAMPLE, TrainHandlers
 
 
 def test_loss_curve_ends_at_the_last_step_and_skips_what_is_no_number() -> None:
@@ -266,6 +266,14 @@ def test_bad_uploads_are_named_all_at_once(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert sum(f"'{name}'" in sentence for sentence in said) == 1, name
     assert not any("/" in sentence for sentence in said)
+    assert any("nor a caption (.txt, .caption, metadata.jsonl, metadata.csv)" in s for s in said)
+
+
+def test_a_caption_that_cannot_be_read_comes_with_what_to_do(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "latin.png")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="latin.txt.*: save it as UTF-8"):
+        pictures.match_uploads(sorted(tmp_path.iterdir()))
 
 
 def test_the_layers_shown_are_those_that_training_adapts(handlers: TrainHandlers) -> None:
@@ -283,3 +291,36 @@ def test_the_layers_shown_are_those_that_training_adapts(handlers: TrainHandlers
 @pytest.mark.parametrize("run", ["../run", "", None, 3, "no-such-run"])
 def test_stop_and_resume_take_only_names_of_runs(handlers: TrainHandlers, run: Any) -> None:
     assert handlers.stop(run) and handlers.resume(run)
+
+
+def test_prompts_fit_the_pictures(handlers: TrainHandlers, more: Path) -> None:
+    handlers.more_pictures = more
+
+    def prompts(folder: object, trigger: str = "", common: str = "") -> str | None:
+        return handlers.fitting_prompts("folder", folder, None, trigger, common)
+
+    example = prompts(EXAMPLE, "myfox")
+    assert example and example.splitlines() == handlers.starting_config().sample.prompts
+    assert prompts("more/cats") == "a cat\nsks cat"
+    assert prompts("more/cats", "mycat") == "mycat, a cat\nmycat, sks cat"
+    (more / "bare").mkdir()
+    Image.new("RGB", (60, 20)).save(more / "bare" / "a.png")
+    assert prompts("more/bare") == ""
+    assert prompts("more/bare", "mycat", "a photo") == "mycat, a photo"
+    assert prompts("more/none") is prompts(None) is prompts(["x"]) is None
+
+    table = [["a.png", ""], ["b.png", "two\nlines"], ["c.png", "two lines"], ["d.png", "a dog"]]
+    assert handlers.fitting_prompts("upload", EXAMPLE, table, None, None) == "two lines\na dog"
+    assert handlers.fitting_prompts("upload", EXAMPLE, [["", ""]], None, None) is None
+
+
+def test_masks_that_are_not_used_are_told(handlers: TrainHandlers, more: Path) -> None:
+    handlers.more_pictures = more
+    Image.new("L", (60, 20)).save(more / "flat" / "d-mask.png")
+    assert handlers.show_folder("more/flat").masks == 1
+    assert handlers.show_folder("more/cats").masks == 0
+    files = [str(more / "flat" / name) for name in ("d.png", "d-mask.png")]
+    assert handlers.show_upload(files).masks == 1
+    assert "1 mask file is not used" in pictures.mask_sentence(1, "off")
+    assert "2 mask files are not used" in pictures.mask_sentence(2, "alpha")
+    assert pictures.mask_sentence(0, "off") == pictures.mask_sentence(1, "file") == ""

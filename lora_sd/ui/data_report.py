@@ -22,6 +22,7 @@ from lora_sd.ui.train_handlers import TrainHandlers
 from lora_sd.verbs.check_data import check
 
 MOST_DRAWN = 60
+SAID_ABOVE = "The uploaded files cannot be used yet: what to mend is said beside them, above."
 WRITE_CAPTION = "For pictures that have no caption, write one into data.caption, above."
 _PROGRESS = gr.Progress()
 
@@ -52,6 +53,14 @@ def check_pictures(
     """
     try:
         folder, uploads = handlers.chosen_pictures(source, folder_id, upload)
+    except UserError as error:
+        if (
+            source == "upload"
+            and error.problems == handlers.show_upload(upload.get("files")).problems
+        ):
+            return Checked(problems=[SAID_ABOVE])
+        return Checked(problems=error.problems)
+    try:
         if folder:
             report = _report(form, folder.path, on_picture)
         else:

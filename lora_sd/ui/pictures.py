@@ -12,6 +12,7 @@ from PIL import Image
 from lora_sd.data import caption_files
 from lora_sd.data.caption_files import UnreadableCaption
 from lora_sd.data.caption_sources import CaptionSources
+from lora_sd.data.captions import plain_caption
 from lora_sd.data.findings import Finding, sentences
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import SUFFIXES, UnreadableImage, read_image
@@ -22,9 +23,11 @@ from lora_sd.ui.launch import PROJECT
 
 MOST_FILES = 2_000
 MOST_CAPTION = 2_000  # characters
+MOST_PROMPTS = 2  # taken from captions
 PREVIEWS = 10
 PREVIEW_PX = 160
-TEXTS = {*caption_files.SUFFIXES, *(Path(name).suffix for name in caption_files.METADATA)}
+CAPTIONS = (*caption_files.SUFFIXES, *caption_files.METADATA)
+TEXTS = {Path(name).suffix or name for name in CAPTIONS}
 RENAME = "Give them different names."
 
 
@@ -58,7 +61,7 @@ def offered_folders(outputs: Path, more: Path | None) -> list[PictureFolder]:
                 continue
             listing = _listing(path)
             if listing.pictures and (place != "example" or listing.captions):
-                label = f"{words}{path.name} ({_pictures(len(listing.pictures))})"
+                label = f"{words}{path.name} ({counted(len(listing.pictures))})"
                 found.append(PictureFolder(f"{place}/{path.name}", label, path))
     return found
 
@@ -88,6 +91,26 @@ def captioned(folder: Path) -> list[tuple[Path, str]]:
             caption = ""
         pairs.append((listing.path(name), caption))
     return pairs
+
+
+def mask_count(folder: Path) -> int:
+    """How many pictures of a folder have a mask file."""
+    return len(_listing(folder).masks)
+
+
+def mask_sentence(masks: int, setting: object) -> str:
+    """That mask files are not used; nothing where they are, or there are none."""
+    if not masks or setting == "file":
+        return ""
+    are = "1 mask file is" if masks == 1 else f"{masks} mask files are"
+    return f"{are} not used: for that, set Masks to file under More settings."
+
+
+def prompts_from(captions: Sequence[str], trigger_word: str) -> list[str]:
+    """Prompts that call for what the first captions say, each on one line and none twice."""
+    options = FolderOptions(Path(), trigger_word=trigger_word)
+    prompts = (plain_caption(" ".join(caption.split()), options) for caption in captions)
+    return [*dict.fromkeys(filter(None, prompts))][:MOST_PROMPTS]
 
 
 def preview(file: Path) -> Image.Image | None:
@@ -141,10 +164,10 @@ def match_uploads(files: Sequence[Path]) -> list[Upload]:
             read_image(file)
         except UnreadableImage as error:
             problems.append(Finding(file, error.reason, error.detail))
-    kinds = ", ".join(sorted(SUFFIXES))
+    kinds, texts = ", ".join(sorted(SUFFIXES)), ", ".join(CAPTIONS)
     for reason, names in (
         ("belongs to no picture", lonely),
-        (f"is neither a picture ({kinds}) nor a caption (.txt)", listing.others),
+        (f"is neither a picture ({kinds}) nor a caption ({texts})", listing.others),
     ):
         problems += [Finding(Path(name), reason) for name in names]
     problems += listing.problems + listing.notices + sources.problems + sources.notices
@@ -182,7 +205,7 @@ def save_folder(outputs: Path, name: str, uploads: Sequence[Upload]) -> PictureF
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
-    return PictureFolder(f"mine/{name}", f"{name} ({_pictures(len(uploads))})", target)
+    return PictureFolder(f"mine/{name}", f"{name} ({counted(len(uploads))})", target)
 
 
 def _listing(folder: Path) -> Listing:
@@ -193,5 +216,5 @@ def _listing(folder: Path) -> Listing:
         return Listing(folder)
 
 
-def _pictures(number: int) -> str:
+def counted(number: int) -> str:
     return "1 picture" if number == 1 else f"{number:,} pictures"

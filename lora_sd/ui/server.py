@@ -31,6 +31,8 @@ def serve(host: str, port: int, outputs: Path, more_pictures: Path | None = None
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # not /tmp, which others can read
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "0"
 
+    # It puts another module in its own place: a thread that imports it meanwhile fails.
+    import transformers  # noqa: F401
     from starlette.middleware import Middleware
 
     from lora_sd.ui.launch import Trainer

@@ -10,7 +10,8 @@ from textwrap import dedent
 
 from PIL import Image
 
-from lora_sd.ui.pictures import PREVIEWS, preview
+from lora_sd.ui import fields
+from lora_sd.ui.pictures import PREVIEWS, counted, preview
 
 SHOWN_PX = 512
 
@@ -40,12 +41,15 @@ def thumbs_html(pairs: Sequence[tuple[Path, str]]) -> str:
     for file, caption in pairs[:PREVIEWS]:
         small = preview(file)
         shown = f'<img src="{_data_uri(small)}" alt="">' if small else "<i>unreadable</i>"
-        words = escape(caption) if caption else "<em>no caption</em>"
+        words = escape(caption) if caption else "<em>none of its own</em>"
         items.append(f'<li title="{escape(caption)}">{shown}<span>{words}</span></li>')
     more = len(pairs) - PREVIEWS
     without = sum(not caption for _, caption in pairs)
-    said = f"{len(pairs)} pictures, " + (
-        "all with captions." if not without else f"{without} of them without a caption."
+    said = f"{counted(len(pairs))}, " + (
+        f"{without} without a caption of {'its' if without == 1 else 'their'} own: write one into "
+        f"'{fields.label('data.caption')}', below."
+        if without
+        else "all with captions."
     )
     if more > 0:
         said += f" The first {PREVIEWS} are shown."

@@ -5,16 +5,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_sd.config import Config, config_from_values, read_yaml
+from lora_sd.config import EXAMPLE_FOLDER, Config, config_from_values, read_yaml
 from lora_sd.errors import ConfigError, DataError, UserError
 from lora_sd.run_folder import NAME_PATTERN, list_runs
 from lora_sd.ui import fields, pictures
 from lora_sd.ui.adapters import OfferedAdapter, find_adapter
+from lora_sd.ui.family_settings import FamilySettings, settings_of
 from lora_sd.ui.launch import PROJECT, Trainer
 from lora_sd.ui.pictures import PictureFolder, Upload
 from lora_sd.ui.run_view import RunView, read_run
 
 STARTING_CONFIG = PROJECT / "configs" / "tiny.yaml"
+EXAMPLE = f"example/{Path(EXAMPLE_FOLDER).name}"
 OWN_FIELDS = {"data.folder", "output.folder"}  # the page decides these
 
 
@@ -42,6 +44,7 @@ class Shown:
 
     pairs: list[tuple[Path, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    masks: int = 0
 
     @property
     def lacks_captions(self) -> bool:
@@ -77,6 +80,13 @@ class TrainHandlers:
         except ConfigError:
             return Config()
 
+    def starting_settings(self) -> FamilySettings:
+        """What the form is set to first, as `family_settings.follow` takes it."""
+        try:
+            return settings_of("tiny-sd")
+        except ConfigError:
+            return FamilySettings("", {})
+
     def folders(self) -> list[PictureFolder]:
         """The folders of pictures that can be chosen."""
         return pictures.offered_folders(self.outputs, self.more_pictures)
@@ -85,16 +95,39 @@ class TrainHandlers:
         """The pictures and captions of an offered folder."""
         try:
             folder = pictures.find_folder(self.outputs, self.more_pictures, folder_id)
-            return Shown(pictures.captioned(folder.path))
+            return Shown(pictures.captioned(folder.path), masks=pictures.mask_count(folder.path))
         except UserError as error:
             return Shown(problems=error.problems)
 
     def show_upload(self, files: object) -> Shown:
         """The uploaded pictures with the captions found for them."""
         try:
-            return Shown([(u.file, u.caption) for u in pictures.match_uploads(_paths(files))])
+            uploads = pictures.match_uploads(_paths(files))
         except UserError as error:
             return Shown(problems=error.problems)
+        pairs = [(upload.file, upload.caption) for upload in uploads]
+        return Shown(pairs, masks=sum(upload.mask is not None for upload in uploads))
+
+    def fitting_prompts(
+        self, source: object, folder_id: object, table: object, trigger: object, common: object
+    ) -> str | None:
+        """Sample prompts, a line each, that fit the chosen pictures: the example's own; of others
+        the first two captions with the trigger word; None where no pictures are chosen.
+
+        Args:
+            source, folder_id: as for `start`; table: the captions of uploaded pictures.
+            trigger, common: the trigger word, and the caption for pictures that have none.
+        """
+        if source == "upload":
+            captions = [caption for name, caption in _rows(table) if name]
+        elif folder_id == EXAMPLE:
+            return "\n".join(self.starting_config().sample.prompts)
+        else:
+            captions = [caption for _, caption in self.show_folder(folder_id).pairs]
+        if not captions:
+            return None
+        filled = [caption or _text(common) for caption in captions]
+        return "\n".join(pictures.prompts_from(filled, _text(trigger)))
 
     def layers(self, form: Mapping[str, Any]) -> LayersShown:
         """Which layers the settings choose, from the base's files alone; no model is loaded."""
@@ -229,14 +262,23 @@ def _paths(files: object) -> list[Path]:
     return [Path(file) for file in files if isinstance(file, str)]
 
 
-def _with_captions(uploads: Sequence[Upload], table: object) -> list[Upload]:
-    """The uploads with the captions as the table on the page has them now."""
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _rows(table: object) -> list[tuple[str, str]]:
+    """(picture, caption) of each row of the table on the page."""
     rows = table if isinstance(table, list) else []
-    written = {
-        row[0]: row[1]
+    return [
+        (row[0], row[1])
         for row in rows
         if isinstance(row, list) and len(row) == 2 and all(isinstance(cell, str) for cell in row)
-    }
+    ]
+
+
+def _with_captions(uploads: Sequence[Upload], table: object) -> list[Upload]:
+    """The uploads with the captions as the table on the page has them now."""
+    written = dict(_rows(table))
     problems = [
         f"The caption of '{name}' is too long: at most {pictures.MOST_CAPTION} characters."
         for name, caption in written.items()

@@ -1,13 +1,15 @@
 """The Train tab: its form on the left; the run on the right is in run_panel.py."""
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
-from lora_sd.ui import fields
+from lora_sd.ui import fields, pictures
 from lora_sd.ui.data_report import build_data_report, wire_data_report
+from lora_sd.ui.family_settings import follow
 from lora_sd.ui.more_settings import build_more_settings
 from lora_sd.ui.run_panel import RunPanel, build_run_panel
 from lora_sd.ui.show import layers_html, sentences_html, thumbs_html
@@ -54,7 +56,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
             with gr.Column(visible=False, elem_classes="snug") as upload_side:
                 files = gr.File(
                     file_count="multiple",
-                    label="Pictures, and their captions (fox.txt)",
+                    label="Pictures, captions (fox.txt or .caption), masks (fox-mask.png)",
                     height=170,
                     elem_id="files",
                 )
@@ -78,6 +80,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
                     info="The pictures are kept under this name for the next run.",
                     elem_id="data-name",
                 )
+            mask_note = gr.HTML(visible=False, elem_id="mask-note")
             with gr.Row(elem_classes="level"):
                 add("data.trigger_word", placeholder="none")
                 add("data.caption", info=False, placeholder="a photo of my cat", visible=False)
@@ -86,6 +89,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
             with gr.Row():
                 add("output.name", info=False, placeholder="as the pictures")
                 add("base.model", info=False)
+            base_note = gr.HTML(visible=False, elem_id="base-note")
             with gr.Row(elem_classes="tips"):
                 add("train.steps", min_width=90)
                 add("train.learning_rate", min_width=90)
@@ -105,30 +109,59 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
             panel = build_run_panel(handlers)
 
     names = {part: name for name, part in form.items()}
+    caption, masks, prompts = form["data.caption"], form["data.masks"], form["sample.prompts"]
+    masks_there = gr.State(0)
+    given_prompts = gr.State(prompts.value)  # what the page put there, not the user
+    settings = gr.State(handlers.starting_settings())
 
-    def show_source(chosen: object, folder_id: object, paths: object) -> dict[Any, Any]:
+    def show_source(
+        chosen: object, folder_id: object, paths: object, setting: object
+    ) -> dict[Any, Any]:
         uploading = chosen == "upload"
         shown = handlers.show_upload(paths) if uploading else handlers.show_folder(folder_id)
         return {
             folder_side: gr.update(visible=not uploading),
             upload_side: gr.update(visible=uploading),
+        } | about(shown, setting)
+
+    def about(shown: Shown, setting: object) -> dict[Any, Any]:
+        return {
             caption: gr.update(visible=shown.lacks_captions),
+            masks_there: shown.masks,
+            mask_note: tell_masks(shown.masks, setting),
         }
 
-    caption = form["data.caption"]
+    def tell_masks(there: int, setting: object) -> dict[str, Any]:
+        return _hint(pictures.mask_sentence(there, setting))
 
-    def show_folder(folder_id: object) -> dict[Any, Any]:
+    def show_folder(folder_id: object, setting: object) -> dict[Any, Any]:
         shown = handlers.show_folder(folder_id)
-        return {thumbs: _shown_html(shown), caption: gr.update(visible=shown.lacks_captions)}
+        return {thumbs: _shown_html(shown)} | about(shown, setting)
 
-    def show_upload(paths: object) -> dict[Any, Any]:
+    def show_upload(paths: object, chosen: object, setting: object) -> dict[Any, Any]:
         shown = handlers.show_upload(paths)
         rows = [[file.name, caption] for file, caption in shown.pairs]
-        return {
+        updates = {
             upload_thumbs: _shown_html(shown),
             table: gr.update(value=rows, visible=bool(rows)),
-            caption: gr.update(visible=shown.lacks_captions),
         }
+        return updates | (about(shown, setting) if chosen == "upload" else {})
+
+    def fit_prompts(data: dict[Component, Any]) -> dict[Any, Any]:
+        fitting = handlers.fitting_prompts(
+            data[source], data[folder], data[table], data[form["data.trigger_word"]], data[caption]
+        )
+        if fitting is None or data[prompts] != data[given_prompts]:
+            return gr.skip()
+        return {prompts: fitting, given_prompts: fitting}
+
+    def follow_base(data: dict[Component, Any]) -> dict[Any, Any]:
+        sent = {names[part]: value for part, value in data.items() if part in names}
+        followed = follow(sent, data[settings])
+        if not followed.sentence:
+            return gr.skip()
+        updates = {form[name]: value for name, value in followed.updates.items()}
+        return updates | {settings: followed.settings, base_note: _hint(followed.sentence)}
 
     def press_start(data: dict[Component, Any]) -> dict[Any, Any]:
         started = handlers.start(
@@ -160,11 +193,37 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
         data_report, handlers, form, source, folder, {"files": files, "captions": table}
     )
     quick = {"show_progress": "hidden", "queue": False}
-    source.input(show_source, [source, folder, files], [folder_side, upload_side, caption], **quick)
-    folder.change(
-        show_folder, folder, [thumbs, caption], show_progress="hidden", concurrency_id="look"
+    told = [caption, masks_there, mask_note]
+    source.input(
+        show_source, [source, folder, files, masks], [folder_side, upload_side, *told], **quick
     )
-    files.change(show_upload, files, [upload_thumbs, table, caption], concurrency_id="look")
+    folder.change(
+        show_folder,
+        [folder, masks],
+        [thumbs, *told],
+        show_progress="hidden",
+        concurrency_id="look",
+    )
+    files.change(
+        show_upload, [files, source, masks], [upload_thumbs, table, *told], concurrency_id="look"
+    )
+    masks.change(tell_masks, [masks_there, masks], mask_note, **quick)
+    chosen = [source, folder, table, form["data.trigger_word"], caption]
+    gr.on(
+        [part.change for part in chosen],
+        fit_prompts,
+        {*chosen, prompts, given_prompts},
+        [prompts, given_prompts],
+        trigger_mode="always_last",
+        **quick,
+    )
+    form["base.model"].change(
+        follow_base,
+        {*form.values(), settings},
+        [*form.values(), settings, base_note],
+        trigger_mode="always_last",
+        **quick,
+    )
     look_at_layers.click(show_layers, {*form.values()}, layers, concurrency_id="look")
     start.click(
         press_start,
@@ -175,15 +234,20 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
         show_progress="hidden",
     ).then(**panel.refresh)
 
-    def fill() -> dict[Any, Any]:
+    def fill(setting: object) -> dict[Any, Any]:
         offered = handlers.folders()
         first = offered[0].id if offered else None
         return {
             folder: gr.update(choices=[(one.label, one.id) for one in offered], value=first),
-        } | show_folder(first)
+        } | show_folder(first, setting)
 
-    gr.on(None, fill, None, [folder, thumbs, caption], **quick)
+    gr.on(None, fill, masks, [folder, thumbs, *told], **quick)
     return TrainTab(panel)
+
+
+def _hint(sentence: str) -> dict[str, Any]:
+    """A sentence in small print; without one, nothing."""
+    return gr.update(value=f'<p class="hint">{escape(sentence)}</p>', visible=bool(sentence))
 
 
 def _shown_html(shown: Shown) -> str:
