@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lora_sd.errors import UserError
 from lora_sd.formats import save_adapter
 from lora_sd.run_folder import RunFolder
 from lora_sd.ui import adapters
-from lora_sd.ui.generate_handlers import GenerateHandlers
+from lora_sd.ui.generate_handlers import BY_HAND, GenerateHandlers
 
 
 def wish(**changes: Any) -> dict[str, Any]:
@@ -133,3 +134,35 @@ def test_downloads_are_copies_under_the_runs_name(
     assert [copy.name for copy in copies] == ["fox.safetensors", "fox-step_000100.safetensors"]
     assert copies[0].read_bytes() == b"fox"
     assert all(copy.is_relative_to(tmp_path / "cache") for copy in copies)
+
+
+def test_the_newest_result_is_chosen_unless_another_was_by_hand(tmp_path: Path) -> None:
+    handlers = GenerateHandlers(tmp_path)
+    assert handlers.to_choose(None, None) is None
+
+    def write(name: str, at: int, checkpoint: int | None = None) -> None:
+        run = RunFolder(tmp_path / name)
+        file = run.checkpoint(checkpoint) / "adapter.safetensors" if checkpoint else None
+        file = file or run.adapter_file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(name.encode())
+        run.config_file.write_text("{}")
+        os.utime(run.config_file, (at, at))
+
+    write("cat", 100, checkpoint=9)
+    assert handlers.to_choose(None, None) == "cat/step_000009"
+    seen = handlers.newest_result()
+    assert handlers.to_choose("cat/step_000009", seen) == "cat/step_000009"
+    write("fox", 200)
+    assert handlers.to_choose("cat/step_000009", seen) == "fox"
+    assert handlers.to_choose("cat/step_000009", BY_HAND) == "cat/step_000009"
+    assert handlers.to_choose("gone", BY_HAND) == "fox"
+
+    # what is chosen stays until there is a newer result, whatever is under way
+    seen = handlers.newest_result()
+    write("owl", 300, checkpoint=5)
+    assert handlers.to_choose("fox", seen) == "fox"
+    assert [one.id for one in handlers.adapters()] == ["fox", "owl/step_000005", "cat/step_000009"]
+    write("owl", 300)
+    assert handlers.to_choose("fox", seen) == "owl"
+    assert handlers.to_choose("fox", handlers.newest_result()) == "fox"

@@ -31,6 +31,11 @@ class OfferedAdapter:
         """The name a download gets."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.id.removeprefix(UPLOAD_MARK)) + ".safetensors"
 
+    @property
+    def is_result(self) -> bool:
+        """Whether it is what a whole run gave."""
+        return self.run is not None and self.file == self.run.adapter_file
+
     def stamp(self) -> tuple[str, int, int]:
         """Changes when the file does."""
         found = self.file.stat()
@@ -60,8 +65,9 @@ def adapters_of(run: RunFolder) -> list[OfferedAdapter]:
 
 
 def offered_adapters(outputs: Path) -> list[OfferedAdapter]:
-    """The adapters of all runs, newest run first, then the uploaded ones."""
+    """The results of all runs, newest first, then checkpoints, then uploaded files."""
     found = [adapter for run in list_runs(outputs) for adapter in adapters_of(run)]
+    found.sort(key=lambda adapter: not adapter.is_result)
     return found + _uploaded(outputs)
 
 

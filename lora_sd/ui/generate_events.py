@@ -9,7 +9,14 @@ import gradio as gr
 
 from lora_sd.errors import UserError
 from lora_sd.ui.adapters import OfferedAdapter, download_copy
-from lora_sd.ui.generate_handlers import MOST_SEED, MOST_STEPS, GenerateHandlers, OnStep, Request
+from lora_sd.ui.generate_handlers import (
+    BY_HAND,
+    MOST_SEED,
+    MOST_STEPS,
+    GenerateHandlers,
+    OnStep,
+    Request,
+)
 from lora_sd.ui.generate_tab import NOTHING, GenerateTab
 from lora_sd.ui.show import enlarged, sentences_html
 
@@ -23,6 +30,8 @@ class GenerateEvents:
 
     opened: dict[str, Any]
     """Arguments of the event that reads the list of adapters anew."""
+    seen: dict[str, Any]
+    """Arguments of the event that keeps a result that is there by now from being chosen."""
     choose: dict[str, Any]
     """Arguments of the event that chooses the adapter of a run; its inputs: run and prompt."""
 
@@ -95,8 +104,7 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
         return press_draw(data, page, progress) if data[tab.has_pair] else gr.skip()
 
     def choose_adapter(chosen: object, written: object) -> dict[Any, Any]:
-        found = handlers.find(chosen)
-        return _chosen(found, written)
+        return {tab.seen: BY_HAND} | _chosen(handlers.find(chosen), written)
 
     def _chosen(found: OfferedAdapter | None, written: object) -> dict[Any, Any]:
         copy = str(download_copy(found)) if found else None
@@ -109,13 +117,13 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
                 updates[tab.prompt] = config.sample.prompts[0]
         return updates
 
-    def list_adapters(chosen: object, written: object) -> dict[Any, Any]:
-        """The list anew; what is chosen stays, as long as it is offered."""
-        offered = handlers.adapters()
-        ids = [one.id for one in offered]
-        if chosen in ids:
+    def list_adapters(chosen: object, written: object, seen: object) -> dict[Any, Any]:
+        """The list anew, and with it what to choose."""
+        offered, to_choose = handlers.adapters(), handlers.to_choose(chosen, seen)
+        newest = handlers.newest_result()
+        if to_choose == chosen and seen in (BY_HAND, newest):
             return {tab.adapter: _choices(offered)}
-        return _choose(offered, ids[0] if ids else None, written)
+        return _choose(offered, to_choose, written) | {tab.seen: newest}
 
     def _choose(offered: list[OfferedAdapter], value: object, written: object) -> dict[Any, Any]:
         return {tab.adapter: _choices(offered) | {"value": value}} | _chosen(
@@ -126,7 +134,7 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
         """The newest adapter of a run: its result, or its newest checkpoint."""
         offered = handlers.adapters()
         ids = [one.id for one in offered if one.id == run or one.id.startswith(f"{run}/")]
-        return _choose(offered, ids[0], written) if ids else list_adapters(None, written)
+        return _choose(offered, ids[0], written) if ids else list_adapters(None, written, None)
 
     def add_file(uploaded: object, base_name: object, written: object) -> dict[Any, Any]:
         if uploaded is None:
@@ -135,12 +143,12 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
             added = handlers.add_file(uploaded, base_name)
         except UserError as error:
             return {tab.file_problems: sentences_html(error.problems)}
-        return {tab.file_problems: "", tab.file: None} | _choose(
+        return {tab.file_problems: "", tab.file: None, tab.seen: BY_HAND} | _choose(
             handlers.adapters(), added.id, written
         )
 
     inputs = {*fields, tab.has_pair}
-    chosen_parts = [tab.download, tab.prompt, tab.steps, tab.guidance]
+    chosen_parts = [tab.seen, tab.download, tab.prompt, tab.steps, tab.guidance]
     drawing: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
     pair_parts = [tab.problems, tab.empty, tab.pair, tab.said, tab.has_pair]
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
@@ -179,14 +187,11 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
     )
     looking: dict[str, Any] = {"concurrency_id": "look", "show_progress": "hidden"}
     tab.adapter.input(choose_adapter, [tab.adapter, tab.prompt], chosen_parts, **looking)
-    listing = {
-        "inputs": [tab.adapter, tab.prompt],
-        "outputs": [tab.adapter, *chosen_parts],
-        **looking,
-    }
+    looking["outputs"] = [tab.adapter, *chosen_parts]
     return GenerateEvents(
-        {"fn": list_adapters, **listing},
-        {"fn": choose_run, "outputs": listing["outputs"], **looking},
+        opened={"fn": list_adapters, "inputs": [tab.adapter, tab.prompt, tab.seen], **looking},
+        seen={"fn": handlers.newest_result, "outputs": tab.seen, **quick},
+        choose={"fn": choose_run, **looking},
     )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_sd.generate import PictureSettings
     from lora_sd.merge import MergedWeights
 
+BY_HAND = "by hand"
 MOST_SCALE = 1.5
 MOST_STEPS = 100
 MOST_STRIP_PX = 512  # side of the pictures of a strip that are drawn in one pass
@@ -74,6 +75,22 @@ class GenerateHandlers:
     def adapters(self) -> list[OfferedAdapter]:
         """The adapters that can be chosen."""
         return offered_adapters(self.outputs)
+
+    def to_choose(self, chosen: object, seen: object) -> str | None:
+        """The adapter to choose when the tab is opened: what is chosen as long as it is offered,
+        but for a result that came after `seen`; the first that is offered; None: there is none.
+
+        Args:
+            seen: `newest_result` when `chosen` was chosen, or BY_HAND: nothing comes before it.
+        """
+        ids = [adapter.id for adapter in self.adapters()]
+        stays = seen in (BY_HAND, self.newest_result())
+        return str(chosen) if stays and chosen in ids else next(iter(ids), None)
+
+    def newest_result(self) -> str | None:
+        """Tells the newest result of a run from earlier ones."""
+        first = next(iter(self.adapters()), None)
+        return repr(first.stamp()) if first and first.is_result else None
 
     def find(self, adapter_id: object) -> OfferedAdapter | None:
         """An offered adapter, or None."""

@@ -47,6 +47,8 @@ class GenerateTab:
     strip_title: gr.HTML
     strip_picture: gr.Image
     has_pair: gr.State
+    seen: gr.State
+    """The newest result when the adapter was chosen, as `GenerateHandlers.to_choose` takes it."""
 
 
 def build_generate_tab() -> GenerateTab:
@@ -126,7 +128,6 @@ def build_generate_tab() -> GenerateTab:
                 buttons=["fullscreen", "download"],
                 elem_id="strip-picture",
             )
-    has_pair = gr.State(False)
     return GenerateTab(
         adapter=adapter,
         scale=scale,
@@ -149,5 +150,6 @@ def build_generate_tab() -> GenerateTab:
         said=said,
         strip_title=strip_title,
         strip_picture=strip_picture,
-        has_pair=has_pair,
+        has_pair=gr.State(False),
+        seen=gr.State(),
     )

@@ -43,7 +43,7 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
         events = wire_generate_tab(generate_tab, generating)
         generate.select(**events.opened)
         panel = train_tab.panel
-        panel.use.click(
+        panel.use.click(**events.seen).then(
             lambda: gr.update(selected="generate"), None, tabs, show_progress="hidden"
         ).then(inputs=[panel.run, generate_tab.prompt], **events.choose)
         page.load(**events.opened)
