@@ -1,9 +1,11 @@
 """A base model in use: loaded, encoding captions and pictures, predicting, and let go."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -34,6 +36,9 @@ from lora_sd.known_bases import size_step_px
 from lora_sd.text_encoding import CHUNK_TOKENS, TextEmbedding, chunked, hidden_states, token_ids
 
 TEXT_LAYER_OF_SDXL = -2
+MOST_TIMESTEPS = 100_000
+SAYS_NOTHING = ("transformers_version", "dtype", "torch_dtype", "architectures")
+"""Entries of a config that do not change what a part computes."""
 
 
 @dataclass(repr=False)
@@ -67,8 +72,20 @@ class BaseModel:
         self._released: set[str] = set()
         # Now, as adapters change weights later, and parts are let go. What is cached goes by those
         # of the VAE and the text encoders, so that they are whole: 1.6 s for SDXL in bfloat16.
-        self._digests = {
-            part: _digest(module, stride=part == "unet") for part, module in parts.items()
+        digests = {
+            part: _joined_digest(
+                _digest(module, stride=part == "unet"),
+                _config_of(module),
+                self.sources[part].dtype if part in self.sources else module.dtype,
+            )
+            for part, module in parts.items()
+        }
+        encoders = [digest for part, digest in digests.items() if part.startswith("text")]
+        tokens = [(one.backend_tokenizer.to_str(), one.pad_token_id) for one in self.tokenizers]
+        self._fingerprints = {
+            "unet": digests["unet"],
+            "vae": digests["vae"],
+            "text": _joined_digest(*encoders, *tokens, self.clip_skip),
         }
 
     # --- what it is ---
@@ -144,22 +161,17 @@ class BaseModel:
         return versions.kohya_version(self.family, self.prediction_type) or Path(self.name).name
 
     def fingerprint(self) -> str:
-        """Changes with the weights it was loaded with: a hash over all but the UNet's, of which
-        every tensor is seen in part."""
-        return _joined_digest(*self._digests.values())
+        """Changes with the weights and configs it was loaded with, and with its noise schedule: a
+        hash over all but the UNet's weights, of which every tensor is seen in part."""
+        return _joined_digest(*self._fingerprints.values(), _config_of(self.scheduler))
 
     def vae_fingerprint(self) -> str:
         """Changes with all that encoded pictures depend on, but for the pictures."""
-        config = self.vae.config
-        facts = (self.sources["vae"].dtype, config.scaling_factor, config.shift_factor)
-        return _joined_digest(self._digests["vae"], *facts)
+        return self._fingerprints["vae"]
 
     def text_fingerprint(self) -> str:
         """Changes with all that encoded captions depend on, but for the captions."""
-        encoders = {name: digest for name, digest in self._digests.items() if "text" in name}
-        dtypes = [self.sources[name].dtype for name in encoders]
-        pads = [(len(one), one.pad_token_id) for one in self.tokenizers]
-        return _joined_digest(*encoders.values(), *dtypes, *pads, self.clip_skip)
+        return self._fingerprints["text"]
 
     # --- captions ---
 
@@ -383,6 +395,13 @@ def _digest(module: nn.Module, stride: bool = False) -> str:
     return digest.hexdigest()
 
 
+def _config_of(part: Any) -> str:
+    """What a part's config says of how it computes, as text."""
+    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+    said = {k: v for k, v in config.items() if not k.startswith("_") and k not in SAYS_NOTHING}
+    return repr(sorted(said.items(), key=lambda item: item[0]))
+
+
 def _joined_digest(*facts: object) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -461,6 +480,7 @@ def load_base_model(
         problems.tell()
     except UserError as error:
         raise BaseModelError(error.problems) from None
+    _check_numbers(name, modules["vae"].config, scheduler.config)
     return BaseModel(
         name=name,
         scheduler=scheduler,
@@ -470,3 +490,24 @@ def load_base_model(
         **modules,
         **tokenizers,
     )
+
+
+def _check_numbers(name: str, vae: Mapping[str, Any], schedule: Mapping[str, Any]) -> None:
+    """Refuses configs whose numbers would give wrong latents or no noise schedule."""
+    scaling, shift = vae.get("scaling_factor"), vae.get("shift_factor")
+    is_number = isinstance(scaling, int | float) and math.isfinite(scaling) and scaling > 0
+    if not is_number or not isinstance(shift or 0.0, int | float):
+        raise BaseModelError(
+            f"The VAE of '{name}' has a damaged config: scaling_factor is {scaling!r}, "
+            f"shift_factor {shift!r}."
+        )
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise BaseModelError(
+            f"The VAE of '{name}' scales each channel by itself (latents_mean, latents_std), which "
+            f"is not supported."
+        )
+    timesteps = schedule.get("num_train_timesteps")
+    if not isinstance(timesteps, int) or not 10 <= timesteps <= MOST_TIMESTEPS:
+        raise BaseModelError(
+            f"The scheduler of '{name}' has a damaged config: num_train_timesteps is {timesteps!r}."
+        )

@@ -39,7 +39,7 @@ def predicting_noise(base, monkeypatch):
 
 def test_what_is_right_passes_without_a_word():
     base = load_base_model("tiny-sd", CPU, torch.float32)
-    assert prediction_type.check(base, *probe(base)) == []
+    assert "The base's loss" in prediction_type.check(base, *probe(base))[0]
 
 
 def test_what_is_wrong_stops_with_both_figures():
@@ -63,7 +63,7 @@ def test_what_nobody_said_is_decided_and_told():
     (notice,) = prediction_type.check(base, *probe(base))
     assert base.prediction_type == base.noise_schedule().config.prediction_type == "v_prediction"
     assert "'v_prediction'" in notice and "under epsilon" in notice
-    assert prediction_type.check(base, *probe(base)) == []
+    assert "The base's loss" in prediction_type.check(base, *probe(base))[0]
 
 
 @pytest.mark.parametrize("said", ["epsilon", "v_prediction"])
@@ -74,7 +74,7 @@ def test_random_weights_never_stop_a_run(model_folder, said):
         for weight in base.unet.parameters():
             weight.normal_(std=0.1)
         latents = torch.randn(1, 4, 8, 8)
-        assert prediction_type.check(base, latents, base.encode_text(["a"]), None) == []
+        assert prediction_type.check(base, latents, base.encode_text(["a"]), None)
 
 
 def test_random_weights_of_which_nothing_is_said_stay_what_they_are(base):
@@ -82,3 +82,14 @@ def test_random_weights_of_which_nothing_is_said_stay_what_they_are(base):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     (notice,) = prediction_type.check(base, latents, base.encode_text(["a"]), None)
     assert "Neither" in notice and base.prediction_type == "epsilon"
+
+
+def test_pictures_of_one_colour_say_nothing(base):
+    latents = torch.full((1, 4, 8, 8), 0.2)
+    assert prediction_type.check(base, latents, base.encode_text(["a"]), None) == []
+
+
+def test_a_damaged_base_is_said(base):
+    base.unet.conv_in.weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(BaseModelError, match="not finite numbers"):
+        prediction_type.check(base, torch.randn(1, 4, 8, 8), base.encode_text(["a"]), None)

@@ -25,6 +25,12 @@ TITLES = {
 LAST_LAYER_OF_SD2 = "text_encoder.text_model.encoder.layers.23."
 
 
+BUILDING_FAILS = (
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError,
+    AssertionError, ImportError,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a model in its files, and how it is loaded."""
@@ -44,10 +50,10 @@ class Part:
         try:
             with init_empty_weights(include_buffers=False):
                 module = _empty(self.component, config)
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        except BUILDING_FAILS as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BaseModelError(
-                f"The base model '{self.files.name}' has a damaged config of its {title}: "
-                f"{str(error).strip().splitlines()[0]}"
+                f"The base model '{self.files.name}' has a damaged config of its {title}: {reason}"
             ) from error
         self._check(module)
         self.fill(module, device)
@@ -83,6 +89,10 @@ class Part:
             if name.startswith(f"{self.component}.") and not self._is_left_out(name, wanted)
         }
         problems = differences(found, wanted)
+        if not found and self.component == "vae":
+            raise BaseModelError(
+                f"The base model '{self.files.name}' holds no VAE: name one with base.vae."
+            )
         if problems:
             raise BaseModelError(
                 f"The base model '{self.files.name}' does not hold the {TITLES[self.component]} "

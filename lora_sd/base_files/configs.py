@@ -16,7 +16,7 @@ from lora_sd.known_bases import CLIP_TOKENS, PUBLISHED, published_configs
 METADATA_KEY = "lora_sd.model_files"
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 Config = dict[str, Any]
 
 
@@ -35,7 +35,7 @@ def read_json(path: Path) -> Config:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     raise BaseModelError(f"'{path}' is damaged: it is not a JSON object. Get the model again.")
 
@@ -84,8 +84,9 @@ def unpacked(metadata: Mapping[str, str], name: str) -> dict[str, str]:
     try:
         files = json.loads(metadata[METADATA_KEY])
         whole = all(isinstance(json.loads(files[one]), dict) for one in configs & files.keys())
-        if whole and files.keys() <= known:  # other names could be paths to anywhere
+        are_texts = all(isinstance(text, str) for text in files.values())
+        if whole and are_texts and files.keys() <= known:  # others could be paths to anywhere
             return dict(files)
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         pass
     raise BaseModelError(f"'{name}' is damaged: '{METADATA_KEY}' in its metadata cannot be read.")

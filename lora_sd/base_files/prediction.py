@@ -73,10 +73,10 @@ def said(files: BaseFiles) -> tuple[str | None, bool | None]:
         return (str(config.get("prediction_type", "epsilon")) if config else None), zero
     keys = {stored.key for stored in files.rest}
     metadata = files.metadata
-    zero_said = ZERO_SNR_KEY in keys or metadata.get("ss_zero_terminal_snr") == "True"
+    zero_said = ZERO_SNR_KEY in keys or metadata.get("ss_zero_terminal_snr", "").lower() == "true"
     if V_KEY in keys:
         return "v_prediction", zero_said
-    if modelspec := metadata.get("modelspec.prediction_type", "").lower():
+    if modelspec := metadata.get("modelspec.prediction_type", "").lower().replace("-", "_"):
         return NAMES.get(modelspec, modelspec), zero_said
     if by_kohya := KOHYA_V.get(metadata.get("ss_v_parameterization", "").lower()):
         return by_kohya, zero_said
