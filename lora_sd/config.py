@@ -80,7 +80,7 @@ class PerFolderGroup(Group):
     """How pictures and captions are treated; each of `data.folders` may have its own."""
 
     caption: str | None = None
-    """One caption for the images that have none of their own."""
+    """One caption for the images that have none of their own; '' lets them have none."""
     caption_fallback: Literal["none", "file_name", "folder_name"] = "none"
     """What captions an image that has no other caption: nothing, its own name, or its folder's. A
     folder named as kohya's tools want it ('10_sks cat') captions its images with that name anyway.
@@ -155,7 +155,7 @@ class FolderGroup(PerFolderGroup):
     """How much its pictures' loss counts (of regularisation: the prior's weight)."""
     class_pictures: int = Field(0, ge=0, le=10_000)
     """For regularisation: have the base draw so many pictures of `caption` into the folder, where
-    there are fewer."""
+    there are fewer, at the largest resolution, each with its caption beside it."""
 
     @model_serializer(mode="wrap")
     def _what_was_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
