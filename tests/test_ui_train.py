@@ -2,6 +2,7 @@
 
 import math
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from ui_fake_trainer import fake_trainer, state, wait_for  # noqa: F401
 
+from lora_sd.base_files import pickles
 from lora_sd.errors import DataError
 from lora_sd.run_folder import RunFolder, Status
 from lora_sd.ui import fields, pictures
@@ -16,6 +18,7 @@ from lora_sd.ui.launch import Trainer
 from lora_sd.ui.loss_curve import loss_curve
 from lora_sd.ui.run_panel import changes
 from lora_sd.ui.run_view import card_html, duration, read_run
+from lora_sd.ui.show import sentences_html
 from lora_sd.ui.train_handlers import EXAMPLE, TrainHandlers
 
 
@@ -25,6 +28,26 @@ def test_loss_curve_ends_at_the_last_step_and_skips_what_is_no_number() -> None:
     assert 'style="left:50.0%' in html
     assert loss_curve([], 10) == ""
     assert html.count("<polyline") == 2
+
+
+def test_a_short_run_s_axis_ends_with_the_run() -> None:
+    html = loss_curve([(n, 1 / n) for n in range(1, 10)], 60)
+    assert html.count('class="tick-x"') == 4 and 'left:100.0%">60<' in html
+
+
+@pytest.mark.parametrize("files", [["a b.ckpt"], ["one.bin", "two's.bin"]])
+def test_a_command_is_code_of_its_own(trainer: Trainer, files: list[str]) -> None:
+    paths = [Path("/models", name) for name in files]
+    refused = pickles.refusal("<model>", paths)
+    command = pickles.command({path: pickles.converted(path) for path in paths})
+    code = f">{escape(command)}</code>"
+    assert code in sentences_html(refused.problems)
+    run = RunFolder(trainer.outputs / "run")
+    run.path.mkdir(parents=True)
+    run.write_status(Status("failed", 0, 10, f"{refused.problems[0]} Set train.steps to less."))
+    card = card_html(read_run(trainer, "run"))
+    assert code + " Set &#x27;Steps&#x27; to less." in card and "&lt;model&gt;" in card
+    assert "<code" not in sentences_html(["Nothing to run, with: python -c x"])
 
 
 def test_a_long_curve_stays_small() -> None:

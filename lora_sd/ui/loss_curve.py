@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 MOST_POINTS = 300
-LEAST_STEPS = 50  # that the width stands for
+LEAST_STEPS = 100  # that the width stands for, so that a short run is seen as a whole
 SMOOTHING_SHARE = 0.04  # of the steps shown, as the half-life of the running mean
 
 

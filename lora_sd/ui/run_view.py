@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_sd.run_folder import STALE_AFTER_S, WORKING, RunFolder, Status
+from lora_sd.ui import fields
 from lora_sd.ui.launch import Trainer
+from lora_sd.ui.show import sentence_html
 
 Tone = Literal["busy", "good", "calm", "bad"]
 RECENT_STEPS = 50  # over which speed is measured
@@ -177,7 +179,7 @@ def card_html(view: RunView) -> str:
     return (
         f'<section class="run-card tone-{view.tone}" data-state="{escape(view.badge.lower())}">'
         f'<header><h3>{escape(view.name)}</h3><span class="badge">{escape(view.badge)}</span>'
-        f"</header><p>{escape(view.message)}&nbsp;</p>"
+        f"</header><p>{sentence_html(fields.in_page_words(view.message))}&nbsp;</p>"
         f'<div class="bar{waiting}" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{share:.0f}"><i style="width:{share:.2f}%"></i></div>'
         + (f"<dl>{shown}</dl>" if view.steps else "")

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +15,10 @@ from lora_sd.ui import fields
 from lora_sd.ui.pictures import PREVIEWS, counted, preview
 
 SHOWN_PX = 512
+_WORD = r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""  # of a command line
+_NEW = rf"""{_WORD}(?:(?<=\.safetensors)|(?<=\.safetensors['"]))(?!\S)"""
+COMMAND = re.compile(rf"""python -c "[^"]+"(?: {_WORD} {_NEW})+""")
+"""As base_files.pickles gives it: a program, then pairs of an old file and a new one."""
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
@@ -25,11 +30,20 @@ def enlarged(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
+def sentence_html(text: str) -> str:
+    """Text with the command that it tells to run, if any, on a line of its own to be copied."""
+    found = COMMAND.search(text)
+    if not found:
+        return escape(text)
+    command = f'<code class="command" title="Press to select it all">{escape(found[0])}</code>'
+    return escape(text[: found.start()]) + command + escape(text[found.end() :])
+
+
 def sentences_html(problems: Sequence[str]) -> str:
     """Problems as a box; an empty text for none."""
     if not problems:
         return ""
-    items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+    items = "".join(f"<li>{sentence_html(problem)}</li>" for problem in problems)
     return f'<ul class="problems" role="alert">{items}</ul>'
 
 
