@@ -298,6 +298,33 @@ def test_the_form_follows_the_pictures_and_the_base(app: App, browser, tmp_path:
     assert seen.errors == [] and seen.foreign == []
 
 
+def test_the_newest_result_is_chosen_where_none_was_by_hand(app: App, browser) -> None:
+    def write(name: str, place: str = "") -> None:
+        run = app.outputs / name
+        (run / place).mkdir(parents=True)
+        (run / "config.yaml").write_text("base: {model: tiny-sd}")
+        (run / place / "adapter.safetensors").write_bytes(b"")
+
+    def open_generate(chosen: str) -> None:
+        page.get_by_role("tab", name="Train").click()
+        page.get_by_role("tab", name="Generate").click()
+        page.wait_for_function(
+            "chosen => document.querySelector('#adapter input')?.value === chosen", arg=chosen
+        )
+
+    write("cat", "checkpoints/step_000009")
+    page = open_page(browser, app, Seen())
+    open_generate("cat, step 9")
+    write("fox")
+    open_generate("fox")
+    page.locator("#adapter input").click()
+    page.get_by_role("option", name="cat, step 9").click()
+    write("owl")
+    open_generate("cat, step 9")
+    page.locator("#adapter input").click()
+    assert page.get_by_role("option").all_inner_texts()[0].endswith("owl")
+
+
 def test_first_page_comes_soon_and_strangers_get_nothing(tmp_path: Path, browser) -> None:
     app, seen = App(tmp_path / "outputs"), Seen()
     began = time.monotonic()
