@@ -128,6 +128,8 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
 
         def is_to_stop() -> bool:
             """Whether any of the processes was asked to: all leave the loop at the same step."""
+            if world == 1:
+                return stop.requested
             return float(accelerator.reduce(torch.tensor(float(stop.requested)).to(device))) > 0
 
         # --- class pictures that the base has yet to draw, where a folder wants some ---
