@@ -50,22 +50,31 @@ PLACES = (  # settings that say where things lie on a machine
 def describe_run(config: Config, base: BaseModel, name: str) -> dict[str, str]:
     """What is known of a run before its first step."""
     options, adapter, side = config.train, config.adapter, max(config.data.resolution_px)
+    optimizer, objective = config.optimizer, config.objective
     metadata = {
         "ss_output_name": name,
         "ss_sd_model_name": _shared_model(config.base.model),
         **versions.adapter_metadata(base.kohya_version),
         "ss_steps": str(options.steps),
         "ss_max_train_steps": str(options.steps),
-        "ss_learning_rate": str(options.learning_rate),
-        "ss_unet_lr": str(options.learning_rate),
-        "ss_text_encoder_lr": str(text_learning_rate(config)) if adapter.text_encoder else "None",
-        "ss_lr_scheduler": options.schedule,
-        "ss_lr_warmup_steps": str(options.warmup_steps),
-        "ss_optimizer": "torch.optim.AdamW",
+        "ss_learning_rate": str(optimizer.learning_rate),
+        "ss_unet_lr": str(optimizer.learning_rate),
+        "ss_text_encoder_lr": _text_rates(config) if adapter.text_encoder else "None",
+        "ss_lr_scheduler": optimizer.schedule,
+        "ss_lr_warmup_steps": str(optimizer.warmup_steps),
+        "ss_optimizer": optimizer.name,
         "ss_batch_size_per_device": str(options.batch_size),
         "ss_gradient_accumulation_steps": str(options.gradient_accumulation),
-        "ss_gradient_checkpointing": str(options.gradient_checkpointing),
-        "ss_max_grad_norm": str(options.max_grad_norm),
+        "ss_gradient_checkpointing": str(config.memory.gradient_checkpointing),
+        "ss_max_grad_norm": str(optimizer.max_grad_norm),
+        "ss_min_snr_gamma": str(objective.snr_gamma if objective.weighting == "min_snr" else None),
+        "ss_debiased_estimation": str(objective.weighting == "debiased"),
+        "ss_loss_type": objective.error,
+        "ss_noise_offset": str(objective.noise_offset or None),
+        "ss_multires_noise_iterations": str(objective.multires_noise_iterations or None),
+        "ss_multires_noise_discount": str(objective.multires_noise_discount),
+        "ss_ip_noise_gamma": str(objective.input_perturbation or None),
+        "ss_scale_weight_norms": str(optimizer.max_weight_norm),
         "ss_caption_dropout_rate": str(config.data.caption_dropout),
         "ss_caption_tag_dropout_rate": str(config.data.tag_dropout),
         "ss_shuffle_caption": str(config.data.shuffle_tags),
@@ -200,9 +209,9 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def text_learning_rate(config: Config) -> float:
-    """The text encoders' learning rate: half of the UNet's where it is not given."""
-    return config.train.text_encoder_learning_rate or config.train.learning_rate / 2
+def _text_rates(config: Config) -> str:
+    """'5e-05', or the rates of SDXL's two where they differ."""
+    return ", ".join(dict.fromkeys(map(str, config.optimizer.text_encoder_rates().values())))
 
 
 def _is_private(model: str) -> bool:

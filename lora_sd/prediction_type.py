@@ -21,7 +21,6 @@ import math
 import torch
 from torch import Tensor
 
-from lora_sd import loss
 from lora_sd.base_model import BaseModel
 from lora_sd.errors import BaseModelError
 from lora_sd.randomness import generator
@@ -51,7 +50,7 @@ def measured_losses(
         noise = torch.randn(latents.shape, generator=generator(SEED, "prediction", timestep))
         noise = noise.to(base.device)
         timesteps = torch.full((len(latents),), timestep, device=base.device)
-        noisy = loss.add_noise(schedule, latents, noise, timesteps)
+        noisy = schedule.add_noise(schedule, latents, noise, timesteps)
         predicted = base.predict(noisy, timesteps, text, time_ids).float()
         targets = {
             "epsilon": noise,

@@ -24,7 +24,8 @@ from lora_sd.data.store import DiskStore, MemoryStore, Store
 from lora_sd.data.training_data import TrainingData
 from lora_sd.data.views import View, describe_sizes
 from lora_sd.generate import OnStep
-from lora_sd.run_record import RunRecord, StopRequest
+from lora_sd.run_record import RunRecord
+from lora_sd.stop_request import StopRequest
 
 PROBED = 4
 SMALLER = 0.75  # buckets of a resolution have at least this share of its area

@@ -1,9 +1,7 @@
-"""What a run tells while it works (status, metrics, log, bar), and how it is asked to stop."""
+"""What a run tells while it works: status, metrics, log, bar."""
 
 import contextlib
 import logging
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,27 +14,8 @@ from lora_sd.errors import RunError, UserError
 from lora_sd.run_folder import RunFolder, State, Status
 
 log = logging.getLogger("lora_sd")
-STOP_SIGNALS = [  # the last is Windows' Ctrl-Break, which is what one process can send another
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
-]
 HEARTBEAT_S = 1.0
 LOG_EVERY_S = 20.0
-
-
-class StopRequest:
-    """Becomes `requested` at the first stop signal; the second one ends the program at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, _: object) -> None:
-        self.requested = True
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        text = "\nStopping: saving first. Once more to leave at once.\n"
-        os.write(sys.stderr.fileno(), text.encode())
 
 
 class RunRecord:

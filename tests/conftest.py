@@ -176,6 +176,7 @@ def run_settings(model_folder: Path, image_folder: Path, tmp_path: Path) -> dict
         "base": {"model": str(model_folder)},
         "data": {"folder": str(image_folder), "resolution_px": PICTURE_PX},
         "adapter": {"rank": 2, "alpha": 2, "conv_rank": 2, "conv_alpha": 1},
-        "train": {"steps": 6, "batch_size": 2, "warmup_steps": 2, "learning_rate": 1e-2},
+        "train": {"steps": 6, "batch_size": 2},
+        "optimizer": {"warmup_steps": 2, "learning_rate": 1e-2},
         "output": {"folder": str(tmp_path / "outputs"), "name": "run", "save_every_steps": 2},
     }

@@ -263,7 +263,7 @@ def test_the_form_follows_the_pictures_and_the_base(app: App, browser, tmp_path:
     page.locator("#base-note").get_by_text("Set for SDXL: Resolution (px)").wait_for()
     page.locator("#base-note").get_by_text("Left as you set it: Rank.").wait_for()
     value_is("data-resolution_px", "1024")
-    value_is("train-learning_rate", "0.0001")
+    value_is("optimizer-learning_rate", "0.0001")
     value_is("adapter-rank", "12")
     field("base-model").fill("tiny-sd")
     value_is("data-resolution_px", "64")

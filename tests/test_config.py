@@ -23,7 +23,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     file.write_text("train: {steps: 7, batch_size: 3}")
     config = parse("--config", str(file), "--train.steps", "9")
     assert (config.train.steps, config.train.batch_size) == (9, 3)
-    assert config.train.learning_rate == Config().train.learning_rate
+    assert config.optimizer.learning_rate == Config().optimizer.learning_rate
 
 
 def test_prompts_may_hold_commas_and_come_one_a_flag():
@@ -32,7 +32,7 @@ def test_prompts_may_hold_commas_and_come_one_a_flag():
 
 
 def test_yaml_out_reads_back_the_same():
-    config = parse("--train.learning_rate", "3e-4", "--adapter.exclude", "*.attn1.*")
+    config = parse("--optimizer.learning_rate", "3e-4", "--adapter.exclude", "*.attn1.*")
     assert config_from_values(yaml.safe_load(config.to_yaml())) == config
 
 
@@ -44,7 +44,7 @@ def test_yaml_out_reads_back_the_same():
         (["--sample.scales", "[0,"], "A flag's value cannot be read"),
         (["--train.steps", "many"], "'train.steps' is 'many'"),
         (["--train.steps", "0"], "'train.steps' is '0'.*greater than or equal to 1"),
-        (["--train.learning_rate", "nan"], "finite"),
+        (["--optimizer.learning_rate", "nan"], "finite"),
         (["--data.resolution_px", "100"], "multiple of 8"),
         (["--output.name", "../x"], "'output.name'"),
         (["--output.name", "con"], "device name"),
@@ -65,7 +65,7 @@ def test_a_wrong_flag_is_a_sentence(argv, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train: {learning_rat: 1}", "Did you mean 'train.learning_rate'"),
+        ("train: {learning_rat: 1}", "Did you mean 'optimizer.learning_rate'"),
         ("trian: {steps: 1}", "There is no setting 'trian'. Did you mean 'train'"),
         ("train: 3", "'train' is 3"),
         ("- a list", "must hold groups"),

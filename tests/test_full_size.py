@@ -166,7 +166,8 @@ def test_a_model_of_the_size_of_sd15_is_trained(source, tmp_path):
         "base": {"model": str(base)},
         "data": {"folder": str(tmp_path / "pictures"), "resolution_px": 64},
         "adapter": {"rank": 2, "conv_rank": 2, "text_encoder": True},
-        "train": {"steps": 2, "warmup_steps": 0},
+        "train": {"steps": 2},
+        "optimizer": {"warmup_steps": 0},
         "output": {"folder": str(tmp_path), "name": "run"},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -9,7 +9,6 @@ from make_bases import make_base, save_single_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_sd import loss
 from lora_sd.base_files import open_base
 from lora_sd.base_files.configs import METADATA_KEY
 from lora_sd.base_files.metadata import checkpoint_metadata
@@ -18,6 +17,7 @@ from lora_sd.base_files.scheduler import make_scheduler
 from lora_sd.base_model import load_base_model
 from lora_sd.errors import BaseModelError
 from lora_sd.known_bases import published_configs
+from lora_sd.objective import prediction_target
 
 V, EPSILON = "v_prediction", "epsilon"
 
@@ -162,10 +162,10 @@ def test_the_last_timestep_is_pure_noise_and_its_velocity_the_picture(tmp_path):
     schedule = base.noise_schedule()
     latents, noise = torch.randn(2, 1, 4, 8, 8)
     last = torch.tensor([999])
-    assert torch.equal(loss.add_noise(schedule, latents, noise, last), noise)
-    assert torch.equal(loss.prediction_target(schedule, latents, noise, last), -latents)
+    assert torch.equal(schedule.add_noise(latents, noise, last), noise)
+    assert torch.equal(prediction_target(schedule, latents, noise, last), -latents)
     first = torch.tensor([0])
-    assert torch.isfinite(loss.prediction_target(schedule, latents, noise, first)).all()
+    assert torch.isfinite(prediction_target(schedule, latents, noise, first)).all()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     assert torch.isfinite(snr).all() and snr[-1] == 0
 

@@ -23,6 +23,7 @@ from lora_sd.data.training_data import TrainingData
 from lora_sd.errors import EXIT_RESUMABLE, RunError, UserError
 from lora_sd.formats import load_adapter
 from lora_sd.layer_names import layer_shapes
+from lora_sd.objective import Objective
 from lora_sd.run_folder import RunFolder
 
 Settings = dict[str, dict]
@@ -260,7 +261,7 @@ def test_a_taken_name_is_refused_before_anything_is_written(run_settings):
 
 def test_a_loss_that_is_not_finite_stops_the_run(run_settings, monkeypatch):
     monkeypatch.setattr(
-        trainer.loss, "squared_error", lambda prediction, *_: prediction.mean() * torch.nan
+        Objective, "errors", lambda self, predicted, *_: predicted.flatten(1).mean(1) * torch.nan
     )
     with pytest.raises(RunError, match="loss became nan.* at step 1"):
         train(run_settings)

@@ -58,7 +58,8 @@ def test_it_learns_and_a_resumed_run_is_the_same_run(run_settings, monkeypatch, 
 
 def test_the_text_encoder_has_its_own_learning_rate_and_its_captions_are_seen(run_settings, base):
     run_settings["adapter"] |= {"text_encoder": True}
-    run_settings["train"] |= {"steps": 2, "warmup_steps": 0, "text_encoder_learning_rate": 1e-9}
+    run_settings["train"] |= {"steps": 2}
+    run_settings["optimizer"] |= {"warmup_steps": 0, "text_encoder_learning_rate": 1e-9}
     adapter = load_adapter(train(run_settings).adapter_file, layer_shapes(base.components))
     largest = {"unet": 0.0, "text_encoder": 0.0}
     for name, layer in adapter.layers.items():
@@ -138,7 +139,7 @@ def test_the_result_is_read_back_and_the_log_and_status_say_so(run_settings):
 def test_a_bfloat16_base_with_checkpointing_and_dora_learns(run_settings):
     run_settings["base"]["dtype"] = "bfloat16"
     run_settings["adapter"] |= {"text_encoder": True, "dora": "input"}
-    run_settings["train"]["gradient_checkpointing"] = True
+    run_settings["memory"] = {"gradient_checkpointing": True}
     assert all(torch.isfinite(torch.tensor(losses(train(run_settings)))))
 
 

@@ -14,6 +14,7 @@ from lora_sd.data.store import MemoryStore
 from lora_sd.data.training_data import TrainingData
 from lora_sd.data.views import make_views
 from lora_sd.errors import DataError
+from lora_sd.objective import Objective
 
 STEP = 8
 
@@ -25,7 +26,7 @@ def data_of(base, *folders, step_pictures=STEP, seed=3, **options):
         base,
         views,
         MemoryStore(),
-        base.noise_schedule(),
+        Objective(base.noise_schedule()),
         seed=seed,
         step_pictures=step_pictures,
         **options,

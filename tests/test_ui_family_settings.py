@@ -54,7 +54,7 @@ def test_what_was_changed_by_hand_stays(tiny: Config, before: FamilySettings) ->
     sent = form(tiny, base__model=XL, adapter__rank=32, data__resolution_px="768")
     followed = follow(sent, before)
     assert not {"adapter.rank", "data.resolution_px"} & followed.updates.keys()
-    assert followed.updates["train.learning_rate"] == 1e-4
+    assert followed.updates["optimizer.learning_rate"] == 1e-4
     assert followed.sentence.endswith("Left as you set them: Resolution (px), Rank.")
     sent = sent | followed.updates | {"base.model": "tiny-sd"}
     assert follow(sent, followed.settings).updates.keys() == followed.updates.keys()

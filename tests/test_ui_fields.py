@@ -29,7 +29,7 @@ def test_help_and_range_are_those_of_the_config() -> None:
         "Inner size of the adapter in linear layers and 1x1 convolutions; 0 leaves them alone. "
         "0 to 1024."
     )
-    assert fields.help_text("train.learning_rate").endswith("Above 0 to 10.")
+    assert fields.help_text("optimizer.learning_rate").endswith("Above 0 to 10.")
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,12 @@ def test_help_and_range_are_those_of_the_config() -> None:
         ("train.steps", 2.7, "'Steps' is 2.7, but must be a whole number."),
         ("train.steps", 0, "'Steps' is 0: input should be greater than or equal to 1."),
         ("train.steps", [3], "'Steps' is empty: write a number."),
-        ("train.schedule", "sideways", "'Schedule' is 'sideways': input should be 'cosine' or"),
-        ("train.gradient_checkpointing", "yes", "'Gradient checkpointing' must be on or off."),
+        (
+            "optimizer.schedule",
+            "sideways",
+            "'Schedule' is 'sideways': input should be 'constant', 'linear'",
+        ),
+        ("memory.gradient_checkpointing", "yes", "'Gradient checkpointing' must be on or off."),
         ("base.model", ["a"], "'Base model' must be text."),
         ("base.model", "x" * 30_000, "'Base model' is too long"),
         ("sample.scales", "0, one", "'Scales' holds 'one', which is no number."),

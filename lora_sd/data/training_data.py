@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
-from lora_sd import loss
 from lora_sd.base_model import BaseModel, TextEmbedding
 from lora_sd.data.augment import drawn_crop, variant_count
 from lora_sd.data.buckets import time_ids
@@ -26,6 +24,7 @@ from lora_sd.data.order import Order, Seen
 from lora_sd.data.store import Store
 from lora_sd.data.views import View
 from lora_sd.errors import DataError
+from lora_sd.objective import Objective
 from lora_sd.randomness import generator, seed_at
 
 log = logging.getLogger("lora_sd")
@@ -37,8 +36,11 @@ class Batch:
     """Pictures of one size (n of them), on the CPU.
 
     Attributes:
-        latents, noise: (n, channels, height, width).
+        latents: (n, channels, height, width).
+        noise, added_noise: the same shape: what the target is made of, and what is added; they
+            differ where the input is perturbed.
         timesteps: (n).
+        names: of the pictures.
         captions: the texts.
         text: their embeddings; None where the text encoder learns or texts are drawn each time.
         time_ids: (n, 6), SDXL's original size, crop and target size.
@@ -49,7 +51,9 @@ class Batch:
 
     latents: Tensor
     noise: Tensor
+    added_noise: Tensor
     timesteps: Tensor
+    names: list[str]
     captions: list[str]
     text: TextEmbedding | None
     time_ids: Tensor
@@ -79,14 +83,14 @@ class TrainingData:
         base: BaseModel,
         views: Sequence[View],
         store: Store,
-        schedule: DDPMScheduler,
+        objective: Objective,
         *,
         seed: int,
         step_pictures: int,
         max_tokens: int = 75,
         learns_text: bool = False,
     ) -> None:
-        self._base, self._store, self._schedule = base, store, schedule
+        self._base, self._store, self._objective = base, store, objective
         self._seed, self._max_tokens, self._learns_text = seed, max_tokens, learns_text
         self.shown = [view for view in views if view.picture.options.kind != "validation"]
         self.held_out = [view for view in views if view.picture.options.kind == "validation"]
@@ -182,27 +186,36 @@ class TrainingData:
         view = self.shown[seen.item]
         options = view.picture.options
         draw = generator(self._seed, "picture", seen.item, seen.count)
-        timestep = loss.random_timestep(self._schedule, draw)
+        timestep = self._objective.draw_timestep(draw)
         dropped = float(torch.rand((), generator=draw)) < options.caption_dropout
         text = ""
         if not dropped:
             words = random.Random(seed_at(self._seed, "caption", seen.item, seen.count))
             text = draw_caption(view.picture.caption, options, words)
         variant = seen.count % variant_count(options)
-        return self._shown(view, variant, timestep, text, draw)
+        return self._shown(view, variant, timestep, text, draw, self._objective)
 
     def _shown(
-        self, view: View, variant: int, timestep: int, text: str, draw: torch.Generator
+        self,
+        view: View,
+        variant: int,
+        timestep: int,
+        text: str,
+        draw: torch.Generator,
+        objective: Objective,
     ) -> "_Shown":
         entry = self._read(latent_key(view, variant, self._base), view.picture.name)
         shape = entry["mean"].shape
         latents = entry["mean"] + entry["deviation"] * torch.randn(shape, generator=draw)
-        noise = torch.randn(shape, generator=draw)
+        noise, added_noise = objective.draw_noise(shape, draw)
         options, mask = view.picture.options, entry.get("mask")
         if mask is not None:
             mask = mask + (1 - mask) * options.unmasked_weight
         ids = time_ids(view.picture.size_px, drawn_crop(view.picture, view.crop, variant))
-        return _Shown(latents, noise, timestep, text, ids, mask, options.loss_weight)
+        return _Shown(
+            view.picture.name, latents, noise, added_noise, timestep, text, ids, mask,
+            options.loss_weight,
+        )  # fmt: skip
 
     def _stack(self, shown: Sequence["_Shown"], share: float) -> Batch:
         texts = [one.text for one in shown]
@@ -213,7 +226,9 @@ class TrainingData:
         return Batch(
             torch.stack([one.latents for one in shown]),
             torch.stack([one.noise for one in shown]),
+            torch.stack([one.added_noise for one in shown]),
             torch.tensor([one.timestep for one in shown]),
+            [one.name for one in shown],
             texts,
             None if self.texts_vary else self.embeddings(texts),
             torch.tensor([one.time_ids for one in shown]),
@@ -235,14 +250,15 @@ class TrainingData:
 
     def held_out_batches(self) -> Iterator[Batch]:
         """The validation pictures, one at a time, each at fixed timesteps with fixed noise."""
-        times = self._schedule.config.num_train_timesteps
+        plain = Objective(self._objective.schedule)
+        times = plain.schedule.config.num_train_timesteps
         for number, view in enumerate(self.held_out):
             text = _plain(view)
             shown = []
             for k in range(VALIDATION_TIMES):
                 draw = generator(self._seed, "validation", number, k)
                 timestep = (2 * k + 1) * times // (2 * VALIDATION_TIMES)
-                shown.append(self._shown(view, 0, timestep, text, draw))
+                shown.append(self._shown(view, 0, timestep, text, draw, plain))
             batch = self._stack(shown, 1.0)
             if not self._learns_text:
                 batch = replace(batch, text=self.embeddings(batch.captions))
@@ -269,8 +285,10 @@ def _plain(view: View) -> str:
 class _Shown:
     """One picture as it is shown once."""
 
+    name: str
     latents: Tensor
     noise: Tensor
+    added_noise: Tensor
     timestep: int
     text: str
     time_ids: tuple[int, ...]

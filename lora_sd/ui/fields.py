@@ -48,7 +48,7 @@ LABELS = {
     "adapter.dora": "DoRA",
     "adapter.up_bias": "Bias of lora_up",
     "output.format": "File format",
-    "train.max_grad_norm": "Largest gradient norm",
+    "optimizer.max_grad_norm": "Largest gradient norm",
     "train.validate_every_steps": "Validate every (steps)",
     "sample.prompts": "Sample prompts, one a line",
     "sample.every_steps": "Draw every (steps)",
@@ -65,7 +65,7 @@ FIELDS: dict[str, FieldInfo] = {
 
 
 def label(name: str) -> str:
-    """'Learning rate' for 'train.learning_rate'."""
+    """'Learning rate' for 'optimizer.learning_rate'."""
     return LABELS.get(name) or name.partition(".")[2].replace("_", " ").capitalize()
 
 
@@ -137,7 +137,7 @@ def config_from_form(form: Mapping[str, Any]) -> Config:
 def in_page_words(sentence: str) -> str:
     """A sentence of config.py with the fields named as on the page."""
     return re.sub(
-        r"'?\b((?:base|data|adapter|train|sample|output)\.\w+)(?:\.\d+)?\b'?",
+        r"'?\b((?:base|data|adapter|train|optimizer|objective|memory|sample|output)\.\w+)(?:\.\d+)?\b'?",
         lambda found: f"'{label(found[1])}'" if found[1] in FIELDS else found[0],
         sentence,
     )

@@ -9,8 +9,8 @@ from lora_sd.ui.train_handlers import OWN_FIELDS
 
 MAIN_FIELDS = (
     "data.trigger_word", "data.caption", "output.name", "base.model", "train.steps",
-    "train.batch_size", "train.learning_rate", "adapter.rank", "data.resolution_px", "train.seed",
-    "sample.prompts",
+    "train.batch_size", "optimizer.learning_rate", "adapter.rank", "data.resolution_px",
+    "train.seed", "sample.prompts",
 )  # fmt: skip
 DATA_GROUPS = {
     "Pictures": ("max_aspect_ratio", "background", "bad_pictures", "upscale"),
@@ -27,6 +27,9 @@ GROUPS = {
     "base": "Base model",
     "adapter": "Adapter",
     "train": "Training",
+    "optimizer": "Optimizer and learning rates",
+    "objective": "Objective: noise, timesteps, errors",
+    "memory": "Memory and speed",
     "sample": "Samples on the way",
     "output": "What is kept",
 }

@@ -92,7 +92,7 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
             base_note = gr.HTML(visible=False, elem_id="base-note")
             with gr.Row(elem_classes="tips"):
                 add("train.steps", min_width=90)
-                add("train.learning_rate", min_width=90)
+                add("optimizer.learning_rate", min_width=90)
                 add("train.batch_size", min_width=90)
                 add("adapter.rank", min_width=90)
                 add("data.resolution_px", min_width=90)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lora_sd import loss
+from lora_sd.objective import Objective, prediction_target, squared_error
 from lora_sd.randomness import generator
 
 
@@ -25,11 +25,11 @@ def test_noisy_latents_are_the_weighted_sum(parts):
     schedule = DDPMScheduler()
     signal, spread = signal_and_noise(schedule, timesteps)
     expected = signal * latents + spread * noise
-    torch.testing.assert_close(loss.add_noise(schedule, latents, noise, timesteps), expected)
+    torch.testing.assert_close(Objective(schedule).noisy(latents, noise, timesteps), expected)
 
 
 def test_an_epsilon_model_is_asked_for_the_noise(parts):
-    assert loss.prediction_target(DDPMScheduler(), *parts) is parts[1]
+    assert prediction_target(DDPMScheduler(), *parts) is parts[1]
 
 
 def test_a_v_model_is_asked_for_the_velocity(parts):
@@ -37,17 +37,17 @@ def test_a_v_model_is_asked_for_the_velocity(parts):
     schedule = DDPMScheduler(prediction_type="v_prediction")
     signal, spread = signal_and_noise(schedule, timesteps)
     expected = signal * noise - spread * latents
-    torch.testing.assert_close(loss.prediction_target(schedule, *parts), expected)
+    torch.testing.assert_close(prediction_target(schedule, *parts), expected)
 
 
 def test_the_error_is_per_sample_and_in_float32():
     prediction = torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16)
     target = torch.stack([torch.full((4, 8, 8), 2.0), torch.full((4, 8, 8), 0.5)])
-    assert loss.squared_error(prediction, target).tolist() == [4.0, 0.25]
+    assert squared_error(prediction, target).tolist() == [4.0, 0.25]
 
 
 def test_every_timestep_is_drawn_about_as_often():
     schedule = DDPMScheduler(num_train_timesteps=10)
-    drawn = [loss.random_timestep(schedule, generator(0, "t", i)) for i in range(2000)]
+    drawn = [Objective(schedule).draw_timestep(generator(0, "t", i)) for i in range(2000)]
     counts = torch.bincount(torch.tensor(drawn), minlength=10)
     assert counts.shape == (10,) and counts.min() > 140 and counts.max() < 260

@@ -1,0 +1,141 @@
+"""All that can be wrong with a run is found here, before its folder is made."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+
+from lora_sd import inject, layer_choice, layer_names, prediction_type, run_data
+from lora_sd.adapter import Adapter
+from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
+from lora_sd.config import Config
+from lora_sd.data.picture_set import LeftOut, PictureSet
+from lora_sd.data.views import View, check_resolutions, make_views
+from lora_sd.errors import ConfigError, Problems
+from lora_sd.formats import fitting_format
+from lora_sd.layers import LayerOptions, LoRALayer
+from lora_sd.parts import TEXT_ENCODERS, component_of, unread_layers
+from lora_sd.stop_request import StopRequest
+
+
+@dataclass
+class Prepared:
+    """What a run starts with.
+
+    Attributes:
+        layers: the attached layers, by full name.
+        planned: the adapter as it will be, without weights.
+        file_format: the format of the result.
+        notices: sentences for the log.
+        step_pictures: pictures in a step, of all processes and passes together.
+    """
+
+    base: BaseModel
+    pictures: PictureSet
+    views: list[View]
+    too_small: list[LeftOut]
+    layers: dict[str, LoRALayer]
+    plans: list[layer_choice.LayerPlan]
+    options: LayerOptions
+    planned: Adapter
+    file_format: str
+    notices: list[str]
+    step_pictures: int
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether a text encoder learns."""
+        return any(component_of(name) in TEXT_ENCODERS for name in self.layers)
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped at random in training."""
+        options = self.options
+        return bool(options.dropout or options.rank_dropout or options.module_dropout)
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Where to compute.
+
+    Raises:
+        ConfigError: accelerate was told to cut the model into pieces.
+    """
+    accelerator = Accelerator(
+        mixed_precision=_precision(config.train.mixed_precision),
+        kwargs_handlers=[
+            # A layer that is left out has no gradient.
+            DistributedDataParallelKwargs(find_unused_parameters=config.adapter.module_dropout > 0),
+            # The others wait while one process draws, encodes or saves.
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+        ],
+    )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"accelerate is set up for {kind.value}, which cuts a model into pieces that fit no "
+            f"single GPU. Stable Diffusion fits whole, and only the small adapter learns: choose "
+            f"multi-GPU with `accelerate config`, and memory.base_weights for small cards."
+        )
+    return accelerator
+
+
+def prepare(config: Config, accelerator: Accelerator, stop: StopRequest, is_new: bool) -> Prepared:
+    """Read pictures and base model, check both, choose and attach the layers.
+
+    Args:
+        is_new: whether the run starts; one that goes on need not be checked again in full.
+
+    Raises:
+        UserError: settings, data or model cannot be used; all that is wrong, at once.
+    """
+    device, options = accelerator.device, config.train
+    problems = Problems()
+    layer_options = LayerOptions(**config.adapter.layer_options())
+    bad, max_tokens = config.data.bad_pictures, config.data.max_tokens
+    pictures, told = None, []
+    with problems.gathered():
+        pictures = run_data.read_pictures(config, stop, undrawn_too=False)
+    with problems.gathered():
+        base = load_base_model(
+            device=device, dtype=pick_dtype(config.base.dtype, device), **config.base.options()
+        )
+        with problems.gathered():
+            if pictures is not None:
+                check_resolutions(run_data.folder_options(config), base.size_step_px)
+                views, too_small = make_views(pictures, base.size_step_px, bad)
+                if is_new or not base.prediction_type_is_known:
+                    told = prediction_type.check(base, *run_data.probe(base, views, max_tokens))
+        adapted = base.components if config.adapter.text_encoder else {"unet": base.unet}
+        shapes = layer_names.layer_shapes(adapted)
+        for name in unread_layers(shapes, base.clip_skip):
+            del shapes[name]
+        plans = layer_choice.choose_layers(shapes, **config.adapter.layer_choice())
+        planned = layer_choice.planned_adapter(plans, layer_options)
+        file_format, format_notices = fitting_format(planned, config.output.format)
+        if config.output.format not in ("auto", file_format):
+            raise ConfigError(f"'output.format': {' '.join(format_notices)}")
+    problems.tell()
+    assert pictures is not None
+    layers = inject.attach(base.components, plans, layer_options, options.seed)
+    return Prepared(
+        base, pictures, views, too_small, layers, plans, layer_options, planned, file_format,
+        [*told, *format_notices],
+        options.batch_size * options.gradient_accumulation * accelerator.num_processes,
+    )  # fmt: skip
+
+
+def _precision(asked: str) -> str:
+    """The mixed precision; for 'auto' what `accelerate launch` was told, else by the GPU."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "auto":
+        return asked
+    if told != "no" or not torch.cuda.is_available():
+        return told
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
