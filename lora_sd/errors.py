@@ -1,7 +1,7 @@
 """The problems a user can cause, and the sentence they read.
 
-Everything here is caught at the front doors: the terminal prints the sentences and exits with
-status 2, the app shows them beside the form. Anything else that is raised is a bug of ours.
+Everything here is caught at the front doors: the terminal prints the sentences and exits with the
+error's status, the app shows them beside the form. Anything else that is raised is a bug of ours.
 """
 
 import difflib
@@ -11,14 +11,25 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+# 0: done. 1: a bug of ours, with its traceback.
 EXIT_USER_ERROR = 2
+EXIT_DISK_FULL = 5  # no room for a checkpoint or the result: make room, then resume
+EXIT_BAD_NUMBERS = 6  # loss or gradient are no finite numbers: the last good weights are saved
+EXIT_OUT_OF_MEMORY = 7  # what was saved is whole; with less to keep in memory it can go on
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: stopped on request, everything saved, can go on
-EXIT_INTERRUPTED = 130  # as shells say of Ctrl-C: 128 + SIGINT
+EXIT_INTERRUPTED = 130  # 128 + SIGINT: Ctrl-C, or the second one of a trainer: left at once
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader, such as `head`, has seen enough
+EXIT_TERMINATED = 143  # 128 + SIGTERM, the second one of a trainer: left at once
 
 
 class UserError(Exception):
-    """One or more problems that the user can mend, all found at once, each a whole sentence."""
+    """One or more problems that the user can mend, all found at once, each a whole sentence.
+
+    Attributes:
+        exit_status: what a program ends with that it ends.
+    """
+
+    exit_status = EXIT_USER_ERROR
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -43,6 +54,24 @@ class AdapterError(UserError):
 
 class RunError(UserError):
     """A run folder cannot be used: it is taken, locked, damaged or does not exist."""
+
+
+class DiskFull(RunError):
+    """There is no room for what a run has to keep."""
+
+    exit_status = EXIT_DISK_FULL
+
+
+class BadNumbers(RunError):
+    """Loss, gradient or weights are no finite numbers."""
+
+    exit_status = EXIT_BAD_NUMBERS
+
+
+class OutOfMemory(RunError):
+    """A step wants more memory than there is."""
+
+    exit_status = EXIT_OUT_OF_MEMORY
 
 
 class Problems:
@@ -94,8 +123,8 @@ def nearest(wrong: str, known: Iterable[str]) -> str:
 
 
 def run_program(main: Callable[[Sequence[str]], int]) -> None:
-    """Run `main(argv)` as a program: user errors become sentences and exit status 2, Ctrl-C a line
-    and 130, a reader that has gone 141 without a word. Characters that the terminal's encoding
+    """Run `main(argv)` as a program: user errors become sentences and their exit status, Ctrl-C a
+    line and 130, a reader that has gone 141 without a word. Characters that the terminal's encoding
     lacks are escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -108,7 +137,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
             sys.stdout.flush()
     except UserError as error:
         said = [f"error: {printable(problem)}" for problem in error.problems]
-        status = EXIT_USER_ERROR
+        status = error.exit_status
     except KeyboardInterrupt:
         said = ["Stopped."]
         status = EXIT_INTERRUPTED

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_sd import durable
+from lora_sd import durable, errors
 from lora_sd.errors import printable, shown_list, shown_size
 
 PROGRAM = """
@@ -14,7 +14,7 @@ import signal, sys, time
 from pathlib import Path
 from lora_sd import durable
 from lora_sd.__main__ import stop
-from lora_sd.errors import UserError, run_program
+from lora_sd.errors import DiskFull, UserError, run_program
 
 def main(argv):
     what = argv[0]
@@ -22,6 +22,8 @@ def main(argv):
         print(argv[1] * 1_000_000)
     if what == "fail":
         raise UserError("'\\x1b[31m' is red.")
+    if what == "full":
+        raise DiskFull("No room.")
     if what == "write":
         with durable.staged(Path(argv[1])) as path:
             path.write_text("half")
@@ -97,6 +99,14 @@ def test_what_a_terminal_would_obey_is_escaped():
     assert process.returncode == 2
     assert printable("ü \x1b[31m\n") == "ü \\x1b[31m\\n"
     assert shown_list(["\x1b[31m"]) == "'\\x1b[31m'"
+
+
+def test_an_error_says_its_exit_status():
+    process = started("full")
+    assert process.communicate(timeout=60)[1] == "error: No room.\n"
+    assert process.returncode == errors.EXIT_DISK_FULL == 5
+    states = {errors.BadNumbers: 6, errors.OutOfMemory: 7, errors.RunError: 2, errors.UserError: 2}
+    assert {kind: kind("x").exit_status for kind in states} == states
 
 
 @pytest.mark.parametrize(
