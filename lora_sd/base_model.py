@@ -324,9 +324,15 @@ class BaseModel:
         """The training schedule: adds noise and knows each timestep's signal-to-noise ratio."""
         return DDPMScheduler.from_config(self.scheduler.config)
 
-    def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-        """diffusers' pipeline over these same parts, nothing copied."""
-        self.restore()
+    def pipeline(self, **instead: nn.Module) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+        """diffusers' pipeline over these same parts, nothing copied.
+
+        Args:
+            instead: modules by name, to stand in for parts of its own; it cannot draw then, as
+                parts that were let go stay away.
+        """
+        if not instead:
+            self.restore()
         parts = {
             "vae": self.vae,
             "text_encoder": self.text_encoder,
@@ -335,15 +341,11 @@ class BaseModel:
             "scheduler": self.scheduler,
         }
         if self.has_pooled:
-            pipeline = StableDiffusionXLPipeline(
-                **parts,
-                text_encoder_2=self.text_encoder_2,
-                tokenizer_2=self.tokenizer_2,
-                add_watermarker=False,
-            )
+            parts |= {"text_encoder_2": self.text_encoder_2, "tokenizer_2": self.tokenizer_2}
+            pipeline = StableDiffusionXLPipeline(**(parts | instead), add_watermarker=False)
         else:
             pipeline = StableDiffusionPipeline(
-                **parts,
+                **(parts | instead),
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,

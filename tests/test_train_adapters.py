@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_bases import make_base
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train import losses, resume, stop_at, tensors, train
@@ -13,6 +14,8 @@ from test_train import losses, resume, stop_at, tensors, train
 import train_sd_lora
 from lora_sd import samples
 from lora_sd import train as trainer
+from lora_sd.base_model import load_base_model
+from lora_sd.clients.diffusers_load import load_in_diffusers
 from lora_sd.config import config_from_values
 from lora_sd.errors import EXIT_RESUMABLE, ConfigError, UserError
 from lora_sd.formats import load_adapter
@@ -177,3 +180,23 @@ def test_layers_that_nothing_reads_are_not_adapted(run_settings, base):
     assert unread_layers(sd1) == set()
     assert unread_layers(sd1, clip_skip=3) == set(sd1[-2:])
     assert unread_layers(sdxl) == unread_layers(sdxl, clip_skip=3) == {sd1[-1]}
+
+
+def test_a_text_encoder_alone_can_be_adapted(run_settings):
+    run_settings["adapter"] |= {"text_encoder": True, "exclude": ["unet.*"]}
+    file = train(run_settings).adapter_file
+    with safe_open(file, "pt") as opened:
+        assert all(key.startswith("lora_te_") for key in opened.keys())  # noqa: SIM118
+
+
+def test_what_sdxl_learns_loads_in_diffusers_text_encoders_too(run_settings, tmp_path):
+    folder = make_base("sdxl", tmp_path / "sdxl")
+    run_settings["base"]["model"] = str(folder)
+    run_settings["adapter"] |= {"text_encoder": True, "rank": 1}
+    run_settings["data"]["resolution_px"] = 64
+    run = train(run_settings)
+    assert "not in diffusers" not in run.log_file.read_text()
+    base = load_base_model(str(folder), torch.device("cpu"), torch.float32)
+    loaded = load_in_diffusers(run.adapter_file, base)
+    parts = {name.partition(".")[0] for name in loaded}
+    assert parts == {"unet", "text_encoder", "text_encoder_2"}

@@ -124,7 +124,7 @@ def _place_in_unet(
         _check_shape(report, outline, layer, tables.unet_layers[name])
         unet[name] = layer
         return
-    for path, module in tables.modules["unet"].items():
+    for path, module in tables.modules.get("unet", {}).items():
         is_norm = module.kind in ("GroupNorm", "LayerNorm")
         if is_norm and prefix == "lora_unet_" + path.replace(".", "_"):
             report.fatal.append(f"{prefix}: LoRA on a {module.kind}: PEFT raises ValueError")

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from lora_sd.base_model import BaseModel
-
-TEXT_ENCODER = "text_encoder.text_model."
 
 
 class LoadedLayer(NamedTuple):
@@ -34,27 +31,20 @@ def load_in_diffusers(path: Path, base: BaseModel) -> dict[str, LoadedLayer]:
         Exception: whatever diffusers or PEFT raise when they refuse the file.
     """
     with _quiet(), torch.random.fork_rng(devices=[]):
-        unet = type(base.unet).from_config(base.unet.config)
-        text_encoder = type(base.text_encoder)(base.text_encoder.config)
-        pipeline = StableDiffusionPipeline(
-            vae=base.vae,
-            text_encoder=text_encoder,
-            tokenizer=base.tokenizer,
-            unet=unet,
-            scheduler=base.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        fresh: dict[str, Any] = {"unet": type(base.unet).from_config(base.unet.config)}
+        for name, part in base.components.items():
+            if name != "unet":
+                fresh[name] = type(part)(part.config)
+        pipeline = base.pipeline(**fresh)
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="file")
     loaded = {}
-    for component, model in (("unet", unet), ("text_encoder", text_encoder)):
+    for component, model in fresh.items():
         for name, module in model.named_modules():
             layer: Any = module
             if hasattr(layer, "get_delta_weight") and "file" in layer.scaling:
                 full = f"{component}.{name}"
-                if component == "text_encoder":
-                    full = TEXT_ENCODER + name.removeprefix("text_model.")
+                if component != "unet":
+                    full = f"{component}.text_model.{name.removeprefix('text_model.')}"
                 dora = layer.lora_magnitude_vector
                 magnitude = dora["file"].weight.detach() if "file" in dora else None
                 loaded[full] = LoadedLayer(layer.get_delta_weight("file").detach(), magnitude)

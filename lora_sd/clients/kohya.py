@@ -70,7 +70,7 @@ def _modules_without_lora(tables: Tables) -> dict[str, Module]:
     """Norms and embeddings, which LyCORIS finds by name. SDXL's UNet has LDM names there."""
     modules = dict(tables.text_modules)
     if not tables.is_sdxl:
-        unet = tables.modules["unet"].items()
+        unet = tables.modules.get("unet", {}).items()
         modules.update({"lora_unet_" + path.replace(".", "_"): module for path, module in unet})
     return {key: module for key, module in modules.items() if not module.takes_lora}
 

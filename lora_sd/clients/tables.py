@@ -66,7 +66,7 @@ class Tables:
         """'lora_unet_' and the diffusers path of each linear and convolution layer -> shape."""
         return {
             "lora_unet_" + path.replace(".", "_"): module.shape
-            for path, module in self.modules["unet"].items()
+            for path, module in self.modules.get("unet", {}).items()
             if module.takes_lora
         }
 
