@@ -50,7 +50,7 @@ def measured_losses(
         noise = torch.randn(latents.shape, generator=generator(SEED, "prediction", timestep))
         noise = noise.to(base.device)
         timesteps = torch.full((len(latents),), timestep, device=base.device)
-        noisy = schedule.add_noise(schedule, latents, noise, timesteps)
+        noisy = schedule.add_noise(latents, noise, timesteps)
         predicted = base.predict(noisy, timesteps, text, time_ids).float()
         targets = {
             "epsilon": noise,
