@@ -49,7 +49,7 @@ class Part:
         title = TITLES[self.component]
         try:
             with init_empty_weights(include_buffers=False):
-                module = _empty(self.component, config)
+                module = empty_part(self.component, config)
         except BUILDING_FAILS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BaseModelError(
@@ -138,7 +138,7 @@ def _shape(size: Size) -> str:
     return "x".join(map(str, size)) or "a number"
 
 
-def _empty(component: str, config: Mapping[str, Any]) -> nn.Module:
+def empty_part(component: str, config: Mapping[str, Any]) -> nn.Module:
     """A part without weights."""
     if component == "unet":
         module: nn.Module = UNet2DConditionModel.from_config(dict(config))
