@@ -14,7 +14,8 @@ from accelerate.utils import (
 
 from lora_sd import inject, layer_choice, layer_names, prediction_type, run_data
 from lora_sd.adapter import Adapter
-from lora_sd.base_model import BaseModel, load_base_model, pick_dtype
+from lora_sd.base_loading import load_base_model, pick_dtype
+from lora_sd.base_model import BaseModel
 from lora_sd.config import Config
 from lora_sd.data.picture_set import LeftOut, PictureSet
 from lora_sd.data.views import View, check_resolutions, make_views

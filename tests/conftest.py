@@ -23,7 +23,8 @@ from transformers import (
 
 from lora_sd import inject, layer_choice, layer_names
 from lora_sd.adapter import Adapter
-from lora_sd.base_model import BaseModel, load_base_model
+from lora_sd.base_loading import load_base_model
+from lora_sd.base_model import BaseModel
 
 PROJECT = Path(__file__).resolve().parent.parent
 PICTURE_PX = 16

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.formats import load_adapter
 from lora_sd.layer_names import layer_shapes
 from lora_sd.run_folder import RunFolder

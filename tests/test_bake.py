@@ -22,7 +22,7 @@ from lora_sd.base_files.baking import (
     write_single_file,
 )
 from lora_sd.base_files.tensor_stream import read_header
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.durable import staged
 from lora_sd.errors import AdapterError, UserError
 from lora_sd.formats import save_adapter

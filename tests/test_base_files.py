@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_sd.base_files import BaseFiles, open_base, weight_files
 from lora_sd.base_files.original import to_original
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.errors import BaseModelError
 
 

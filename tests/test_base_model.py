@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_sd import inject
 from lora_sd.base_files import hub
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.errors import BaseModelError
 
 CPU = torch.device("cpu")

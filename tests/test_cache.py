@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_store import is_same
 
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.data import cache
 from lora_sd.data.augment import apply, choose_variant, drawn_crop, variant_count
 from lora_sd.data.buckets import fit

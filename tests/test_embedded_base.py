@@ -8,7 +8,7 @@ import yaml
 from conftest import PROJECT
 
 from lora_sd import train as trainer
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.config import config_from_values
 from lora_sd.data.folder import read_folders
 from lora_sd.data.folder_options import FolderOptions

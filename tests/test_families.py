@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lora_sd import layer_names
 from lora_sd.adapter import Adapter
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.errors import AdapterError
 from lora_sd.formats import FORMATS, save_adapter
 from lora_sd.formats.families import FAMILIES, detect_family, layer_shapes, load_any

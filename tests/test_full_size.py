@@ -108,7 +108,7 @@ def test_extract_undoes_bake(made):
 
 USED = """
 import hashlib, sys, torch
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.generate import PictureSettings, generate
 torch.set_num_threads(2)
 base = load_base_model(sys.argv[1], torch.device("cpu"), torch.bfloat16)

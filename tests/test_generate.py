@@ -11,7 +11,7 @@ from make_bases import make_base
 from PIL import Image
 
 from lora_sd import inject
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.generate import (
     Cancelled,
     PictureSettings,

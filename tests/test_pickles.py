@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_sd.base_files import open_base
 from lora_sd.base_files.pickles import is_pickle
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.errors import BaseModelError
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from lora_sd.base_files.configs import METADATA_KEY
 from lora_sd.base_files.metadata import checkpoint_metadata
 from lora_sd.base_files.prediction import Prediction, find_prediction
 from lora_sd.base_files.scheduler import make_scheduler
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.errors import BaseModelError
 from lora_sd.known_bases import published_configs
 from lora_sd.objective import prediction_target

@@ -7,7 +7,7 @@ from conftest import PROJECT
 from PIL import Image
 
 from lora_sd import prediction_type
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.errors import BaseModelError
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 from make_bases import make_base
 
 from lora_sd import inject
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 
 CPU = torch.device("cpu")
 TEXTS = ["a photo of a cat", "two dogs, and a wall of red bricks"]

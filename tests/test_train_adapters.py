@@ -14,7 +14,7 @@ from test_train import losses, resume, stop_at, tensors, train
 import train_sd_lora
 from lora_sd import samples
 from lora_sd import train as trainer
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.clients.diffusers_load import load_in_diffusers
 from lora_sd.config import config_from_values
 from lora_sd.errors import EXIT_RESUMABLE, ConfigError, UserError

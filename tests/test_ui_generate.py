@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_sd import inject, layer_choice, layer_names
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.errors import UserError
 from lora_sd.formats import save_adapter
 from lora_sd.run_folder import RunFolder

@@ -8,7 +8,7 @@ import torch
 from make_bases import make_base, save_single_file
 from safetensors.torch import load_file, save_file
 
-from lora_sd.base_model import load_base_model
+from lora_sd.base_loading import load_base_model
 from lora_sd.errors import BaseModelError
 
 CPU = torch.device("cpu")

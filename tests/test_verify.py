@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lora_sd import inject, layer_choice, layer_names
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.base_model import BaseModel, load_base_model
+from lora_sd.base_loading import load_base_model
+from lora_sd.base_model import BaseModel
 from lora_sd.errors import AdapterError
 from lora_sd.formats import save_adapter
 from lora_sd.formats.layer_tables import layer_shapes

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from lora_sd.adapter import Adapter
-from lora_sd.base_model import BaseModel, load_base_model, pick_device
+from lora_sd.base_loading import load_base_model, pick_device
+from lora_sd.base_model import BaseModel
 from lora_sd.errors import RunError, run_program
 from lora_sd.formats import load_adapter
 from lora_sd.generate import PictureSettings, generate, generate_at_scales

@@ -251,7 +251,7 @@ class GenerateHandlers:
 
     def _load(self, name: str) -> _Loaded:
         """The base model, kept until another one is asked for. Call it under the lock."""
-        from lora_sd.base_model import load_base_model, pick_device, pick_dtype
+        from lora_sd.base_loading import load_base_model, pick_device, pick_dtype
         from lora_sd.layer_names import layer_shapes
         from lora_sd.merge import MergedWeights
 

@@ -107,7 +107,7 @@ def open_captioner(files: CaptionerFiles, options: dict[str, Any]) -> Captioner:
         return TagCaptioner(files, TagChoice(**options))
     from transformers.utils import logging
 
-    from lora_sd.base_model import pick_device
+    from lora_sd.base_loading import pick_device
     from lora_sd.captioning.sentences import SentenceCaptioner
 
     logging.set_verbosity_error()

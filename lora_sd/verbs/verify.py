@@ -33,7 +33,7 @@ def verify(path: Path, base: str | None = None) -> "tuple[str, Report]":
     import torch
 
     from lora_sd.base_files import open_base
-    from lora_sd.base_model import load_base_model
+    from lora_sd.base_loading import load_base_model
     from lora_sd.clients.tables import TABLES
     from lora_sd.formats.families import detect_family
     from lora_sd.parts import component_of
