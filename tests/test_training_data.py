@@ -139,9 +139,13 @@ def test_validation_pictures_are_never_trained_on_and_always_the_same(base, fold
     )
     data = data_of(base, folder, kept)
     assert all("pink" not in b.captions for step in range(4) for b in data.batches(step, STEP))
-    first, again = list(data.held_out_batches()), list(data.held_out_batches())
-    assert [rows([b]) for b in first] == [rows([b]) for b in again]
-    assert len(first) == 1 and len(set(first[0].timesteps.tolist())) == 4
+    first, again = list(data.held_out_batches(8)), list(data.held_out_batches(8))
+    assert [rows([b]) for _, b in first] == [rows([b]) for _, b in again]
+    ((places, batch),) = first
+    assert places == [0, 1, 2, 3] and len(set(batch.timesteps.tolist())) == 4
+    apart = list(data.held_out_batches(3))
+    assert [places for places, _ in apart] == [[0, 1, 2], [3]]
+    assert rows([b for _, b in apart]) == rows([batch])
 
 
 def test_masks_weigh_the_loss_place_by_place(base, folder, image_folder):

@@ -248,21 +248,34 @@ class TrainingData:
             torch.stack(pooled) if pooled else None,
         )
 
-    def held_out_batches(self) -> Iterator[Batch]:
-        """The validation pictures, one at a time, each at fixed timesteps with fixed noise."""
-        plain = Objective(self._objective.schedule)
-        times = plain.schedule.config.num_train_timesteps
+    def held_out_batches(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+        """The validation pictures, each at fixed timesteps with fixed noise.
+
+        Args:
+            batch_size: most samples of a batch.
+
+        Yields:
+            (where each sample belongs among all: view * VALIDATION_TIMES + time, the batch).
+        """
+        places: dict[tuple[int, int], list[int]] = {}
         for number, view in enumerate(self.held_out):
-            text = _plain(view)
-            shown = []
-            for k in range(VALIDATION_TIMES):
-                draw = generator(self._seed, "validation", number, k)
-                timestep = (2 * k + 1) * times // (2 * VALIDATION_TIMES)
-                shown.append(self._shown(view, 0, timestep, text, draw, plain))
-            batch = self._stack(shown, 1.0)
-            if not self._learns_text:
-                batch = replace(batch, text=self.embeddings(batch.captions))
-            yield batch
+            own = range(number * VALIDATION_TIMES, (number + 1) * VALIDATION_TIMES)
+            places.setdefault(view.crop.size_px, []).extend(own)
+        for alike in places.values():
+            for start in range(0, len(alike), batch_size):
+                some = alike[start : start + batch_size]
+                batch = self._stack([self._held_out(place) for place in some], 1.0)
+                if not self._learns_text:
+                    batch = replace(batch, text=self.embeddings(batch.captions))
+                yield some, batch
+
+    def _held_out(self, place: int) -> "_Shown":
+        """A validation picture at one of its timesteps."""
+        number, k = divmod(place, VALIDATION_TIMES)
+        view, plain = self.held_out[number], Objective(self._objective.schedule)
+        draw = generator(self._seed, "validation", number, k)
+        timestep = (2 * k + 1) * plain.schedule.config.num_train_timesteps // (2 * VALIDATION_TIMES)
+        return self._shown(view, 0, timestep, _plain(view), draw, plain)
 
     def _read(self, key: str, what: str) -> dict[str, Tensor]:
         entry = self._store.get(key)
