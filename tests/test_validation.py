@@ -1,4 +1,4 @@
-"""Validation: paired against the base, keeping the best, and ending a run alike in all processes."""
+"""Validation: paired against the base, the best kept, and all processes end a run alike."""
 
 import io
 import math
