@@ -1,13 +1,15 @@
 """Train a LoRA adapter: `accelerate launch train_sd_lora.py --config configs/tiny.yaml`."""
 
-import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from lora_sd import changes
 from lora_sd.config import CommandLine, config_from_values, parse_command_line, read_yaml
-from lora_sd.errors import ConfigError, RunError, run_program
-from lora_sd.run_folder import RunFolder
+from lora_sd.errors import ConfigError, run_program
+from lora_sd.run_folder import RunFolder, run_to_resume
+from lora_sd.stop_request import StopRequest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -15,13 +17,12 @@ def main(argv: Sequence[str]) -> int:
 
     The settings are checked before the slow imports, so that `--help` and errors come at once.
     """
+    stop = StopRequest()
     line = parse_command_line(argv, "train_sd_lora.py")
     run = None
     if line.resume is not None:
-        run = RunFolder(line.resume)
-        if not os.path.isfile(run.config_file):
-            raise RunError(f"'{line.resume}' is not a run folder: it holds no config.yaml.")
-        values, default_name = read_yaml(run.config_file), run.name
+        run, values = _resumed(line.resume, line)
+        default_name = run.name
     elif line.like is not None:
         settings, default_name = _settings_like(line)
         values = line.over(settings)
@@ -35,7 +36,23 @@ def main(argv: Sequence[str]) -> int:
 
     from lora_sd.train import train
 
-    return train(config, default_name, run)
+    return train(config, default_name, run, line.allowed, stop)
+
+
+def _resumed(path: Path, line: CommandLine) -> tuple[RunFolder, dict[str, Any]]:
+    """(the run to go on with, its settings with those of the flags).
+
+    Raises:
+        RunError: there is no such run, or a flag changes what is not allowed to change.
+    """
+    run = run_to_resume(path)
+    own = read_yaml(run.config_file)
+    values = line.over(own)
+    if line.flags:
+        was, now = config_from_values(own), config_from_values(values)
+        changed = changes.of_settings(was.model_dump(), now.model_dump())
+        changes.check(run, changed, line.allowed)
+    return run, values
 
 
 def _settings_like(line: CommandLine) -> tuple[dict[str, Any], str]:

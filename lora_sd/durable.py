@@ -1,6 +1,7 @@
 """Write files so that a crash leaves the old one or the new one, never half of one."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from lora_sd.errors import UserError
+from lora_sd.errors import DiskFull, UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, the file size's limit
 LONGEST_LABEL_BYTES = 180  # of the 255 that a name may have
 
 
@@ -40,13 +42,21 @@ def check_place(path: Path) -> None:
         raise UserError(f"'{path}' cannot be written: {reason}. Name another output.") from None
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether it, or what it came from, says that there is no room on the disk."""
+    if error is None or isinstance(error, DiskFull):
+        return error is not None
+    return (isinstance(error, OSError) and error.errno in FULL) or is_full(error.__cause__)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: a sibling file, fsync, one rename, fsync of the folder.
 
     The result has the umask's mode. A symbolic link is followed, so that its target is updated.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        DiskFull: there is no room for it.
+        UserError: the folder cannot be written.
     """
     with staged(path) as sibling, open(sibling, "wb") as file:
         file.write(data)
@@ -66,8 +76,8 @@ def staged(final: Path, overwrite: bool = True) -> Iterator[Path]:
         overwrite: False: what another program has put at `final` meanwhile stays.
 
     Raises:
-        UserError: the disk is full, the folder cannot be written, or `final` is there and is not
-            to be overwritten.
+        DiskFull: there is no room for it.
+        UserError: the folder cannot be written, or `final` is there and is not to be overwritten.
     """
     try:
         with _staged(final, overwrite) as sibling:
@@ -78,7 +88,8 @@ def staged(final: Path, overwrite: bool = True) -> Iterator[Path]:
             f"another name."
         ) from None
     except OSError as error:
-        raise UserError(
+        kind = DiskFull if is_full(error) else UserError
+        raise kind(
             f"'{final}' could not be written: {error.strerror or error}. It is as it was before."
         ) from error
 

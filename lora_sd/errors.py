@@ -5,11 +5,13 @@ error's status, the app shows them beside the form. Anything else that is raised
 """
 
 import difflib
+import errno
 import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 # 0: done. 1: a bug of ours, with its traceback.
 EXIT_USER_ERROR = 2
@@ -122,6 +124,28 @@ def nearest(wrong: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+class _LastingStream:
+    """A stream to a terminal or program that may go away, without this program ending for that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # nobody will read there any more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 def run_program(main: Callable[[Sequence[str]], int]) -> None:
     """Run `main(argv)` as a program: user errors become sentences and their exit status, Ctrl-C a
     line and 130, a reader that has gone 141 without a word. Characters that the terminal's encoding
@@ -129,6 +153,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.stderr = cast(TextIO, _LastingStream(sys.stderr))
     said: list[str] = []
     try:
         try:

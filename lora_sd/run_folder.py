@@ -6,12 +6,16 @@ The trainer writes, the app and other programs only read; they share nothing els
     status.json               state, step, pid and heartbeat (replaced at once)
     metrics.jsonl             one line a step
     train.log                 what the terminal showed
+    changes.json              what was changed when the run went on, where anything was
+    stop                      made by somebody who wants the run to save and end
     samples/                  step_000100_00.png ..., settings in the PNG's text
     checkpoints/step_000100/  full state, to resume bit for bit
     grid.png                  prompts by scales, at the end
     adapter.safetensors       the result
 """
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -24,7 +28,7 @@ from typing import Any, Literal, get_args
 import psutil
 
 from lora_sd import durable
-from lora_sd.errors import RunError
+from lora_sd.errors import DiskFull, RunError, shown_list
 
 State = Literal["starting", "training", "sampling", "saving", "finished", "stopped", "failed"]
 WORKING: frozenset[str] = frozenset({"starting", "training", "sampling", "saving"})
@@ -81,11 +85,21 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.grid_file = self.path / "grid.png"
         self.adapter_file = self.path / "adapter.safetensors"
+        self.changes_file = self.path / "changes.json"
+        self.stop_file = self.path / "stop"
         self.lock_file = self.path / ".lock"
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    def check_there(self) -> None:
+        """Raises RunError when the folder has gone while the run was at work."""
+        if not self.path.is_dir():
+            raise RunError(
+                f"'{self.path}' has gone: it was removed or moved while the run was at work, which "
+                f"has stopped. If it is elsewhere now, go on with --resume from there."
+            )
 
     def sample_file(self, step: int, index: int) -> Path:
         """samples/step_000100_00.png"""
@@ -128,9 +142,20 @@ class RunFolder:
             return None
 
     def append_metrics(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append one line to metrics.jsonl: a whole one, or none.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with open(self.metrics_file, "ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            line = (json.dumps(values) + "\n").encode()
+            try:
+                while line:  # a disk that is nearly full takes a part
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(before)
+                raise
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a last line that is still being written is left out."""
@@ -144,6 +169,9 @@ class RunFolder:
         """Drop the lines after `step`, which a resumed run will write again."""
         kept = [record for record in self.read_metrics() if _step(record) <= step]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
+        with contextlib.suppress(OSError):
+            if self.metrics_file.read_bytes() == lines.encode():
+                return
         durable.write_text(self.metrics_file, lines)
 
     def sample_files(self) -> list[Path]:
@@ -166,8 +194,16 @@ def create_run(root: Path, name: str | None, default_name: str, config_yaml: str
         config_yaml: text of config.yaml.
 
     Raises:
+        DiskFull: there is no room for it.
         RunError: the name is taken, or the folder cannot be made.
     """
+
+    def fill(folder: Path) -> None:
+        run = RunFolder(folder)
+        run.samples.mkdir()
+        run.checkpoints.mkdir()
+        run.config_file.write_bytes(config_yaml.encode())
+
     candidates: Iterator[str]
     if name:
         candidates = iter([name])
@@ -177,17 +213,16 @@ def create_run(root: Path, name: str | None, default_name: str, config_yaml: str
     for candidate in candidates:
         run = RunFolder(root / candidate)
         try:
-            run.path.mkdir(parents=True)
-        except FileExistsError as error:
             if os.path.lexists(run.path):
                 continue
-            raise RunError(f"'{run.path}' cannot be made: {error.strerror}.") from None
+            durable.write_folder(run.path, fill)
         except (OSError, ValueError) as error:
+            taken = isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY)
+            if taken and os.path.lexists(run.path):  # by another, a moment ago
+                continue
+            kind = DiskFull if durable.is_full(error) else RunError
             reason = getattr(error, "strerror", None) or error
-            raise RunError(f"'{run.path}' cannot be made: {reason}.") from None
-        run.samples.mkdir()
-        run.checkpoints.mkdir()
-        durable.write_text(run.config_file, config_yaml)
+            raise kind(f"'{run.path}' cannot be made: {reason}.") from None
         return run
     raise RunError(
         f"'{root / (name or default_name)}' exists already. Go on with it with --resume "
@@ -215,6 +250,40 @@ def open_run(root: Path, name: str) -> RunFolder:
     if not NAME_PATTERN.fullmatch(name) or not (root / name / "config.yaml").is_file():
         raise RunError(f"There is no run '{name}' in '{root}'.")
     return RunFolder(root / name)
+
+
+def run_to_resume(path: Path) -> RunFolder:
+    """The run that a path names, which is to go on.
+
+    Raises:
+        RunError: there is none, or it is something else, with what is wanted instead.
+    """
+    run, wanted = RunFolder(path), "--resume wants the folder of a run"
+    try:
+        if path.is_dir() and run.config_file.is_file():
+            return run
+        if not os.path.lexists(path):
+            near = [str(one.path) for one in list_runs(path.parent)]
+            there = f" That folder holds the runs {shown_list(near)}." if near else ""
+            raise RunError(f"There is no run '{path}'.{there}")
+        if path.is_file() and path.suffix == ".safetensors":
+            raise RunError(
+                f"'{path}' is an adapter, and {wanted}. --like takes an adapter: it starts a new "
+                f"run with its settings."
+            )
+        if not path.is_dir():
+            raise RunError(f"'{path}' is a file, and {wanted}.")
+        for above in list(path.resolve().parents)[:2]:
+            if RunFolder(above).config_file.is_file():
+                raise RunError(
+                    f"'{path}' is a part of the run '{above}': give that to --resume. It goes on "
+                    f"from its newest whole checkpoint."
+                )
+        if inside := [str(one.path) for one in list_runs(path)]:
+            raise RunError(f"'{path}' holds runs: give one of {shown_list(inside)} to --resume.")
+    except OSError as error:
+        raise RunError(f"'{path}' cannot be read: {error.strerror or error}.") from None
+    raise RunError(f"'{path}' holds no config.yaml, and {wanted}.")
 
 
 def _step(record: dict[str, Any]) -> float:

@@ -1,11 +1,18 @@
-"""What a run tells while it works: status, metrics, log, bar."""
+"""What a run tells while it works: status, metrics, log, bar.
+
+None of it is worth a run: where it cannot be written, as on a full disk, that is said once and the
+run goes on. Metrics are kept and written when there is room again.
+"""
 
 import contextlib
 import logging
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -16,6 +23,7 @@ from lora_sd.run_folder import RunFolder, State, Status
 log = logging.getLogger("lora_sd")
 HEARTBEAT_S = 1.0
 LOG_EVERY_S = 20.0
+LOOK_FOR_ROOM_S = 1.0
 
 
 class RunRecord:
@@ -39,19 +47,24 @@ class RunRecord:
         self._bar: tqdm | None = None
         self._written = self._logged = self._started = 0.0
         self._first_step = 0
+        self._unwritten: list[dict[str, Any]] = []
+        self._has_said_unwritten = False
 
     def __enter__(self) -> "RunRecord":
         if self._is_main:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                status = self._run.read_status()
-                who = f"process {status.pid}" if status else "another process"
-                raise RunError(f"'{self._run.path}' is being trained by {who} now.") from None
+                who = self._holder()
+                raise RunError(
+                    f"'{self._run.path}' is being trained by {who} now, which has locked it."
+                ) from None
             except OSError as error:
                 raise RunError(f"'{self._run.path}' cannot be used: {error.strerror}.") from None
+            with contextlib.suppress(OSError):  # Windows keeps a locked file to itself
+                self._run.lock_file.write_text(str(os.getpid()))
             try:
-                file = logging.FileHandler(self._run.log_file, encoding="utf-8")
+                file = _LogFile(self._run.log_file, self._say_unwritten)
             except OSError as error:
                 self._lock.release()
                 raise RunError(f"'{self._run.path}' cannot be used: {error.strerror}.") from None
@@ -76,8 +89,16 @@ class RunRecord:
             self.state("failed", f"{type(error).__name__}: {error}")
         for handler in self._handlers:
             log.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # what is still to be written finds no room
+                handler.close()
         self._lock.release()
+
+    def _holder(self) -> str:
+        """Who holds the lock."""
+        with contextlib.suppress(OSError, ValueError):
+            return f"process {int(self._run.lock_file.read_text())}"
+        status = self._run.read_status()
+        return f"process {status.pid}" if status else "another process"
 
     def state(self, state: State, message: str = "", step: int | None = None) -> None:
         """Enter a state, and say so at once."""
@@ -99,6 +120,24 @@ class RunRecord:
         self._status.message = message or self._status.message
         if time.monotonic() - self._written >= HEARTBEAT_S:
             self._write()
+
+    def wait_for_room(self, is_to_stop: Callable[[], bool]) -> Callable[[str], bool]:
+        """What `checkpoint.save` calls while there is no room: a wait of a second with signs of
+        life, until `is_to_stop`."""
+        has_said = False
+
+        def wait(why: str) -> bool:
+            nonlocal has_said
+            if not has_said:
+                log.warning("%s The run waits until there is room.", why)
+            has_said = True
+            self.beat(f"waiting for room on the disk: {why}")
+            until = time.monotonic() + LOOK_FOR_ROOM_S
+            while time.monotonic() < until and not is_to_stop():
+                time.sleep(0.05)
+            return not is_to_stop()
+
+        return wait
 
     def training_from(self, step: int) -> None:
         """The loop begins: show the bar, start the clock."""
@@ -133,7 +172,7 @@ class RunRecord:
         now = time.monotonic()
         seconds = now - self._started
         images_per_s = images * (step - self._first_step) / max(seconds, 1e-9)
-        self._run.append_metrics(
+        self._append(
             {
                 "step": step,
                 "loss": loss,
@@ -156,14 +195,60 @@ class RunRecord:
             log.info(text, step, self._steps, loss, images_per_s, left)
         self.beat()
 
+    def _append(self, values: dict[str, Any]) -> None:
+        """Add a line to the metrics, and those before it that found no room.
+
+        Raises:
+            RunError: the run's folder has gone.
+        """
+        self._unwritten.append(values)
+        try:
+            while self._unwritten:
+                self._run.append_metrics(self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            self._run.check_there()
+            self._say_unwritten(error)
+
+    def _say_unwritten(self, error: OSError) -> None:
+        """Say, once, that a record cannot be written."""
+        if self._has_said_unwritten:
+            return
+        self._has_said_unwritten = True  # before it is said: the log may be what cannot be written
+        reason = error.strerror or error
+        log.warning(
+            "Note: the run's log, metrics or status cannot be written (%s). Training goes on; "
+            "metrics are written when they can be again.",
+            reason,
+        )
+
     def _write(self) -> None:
         self._written = time.monotonic()
         if self._is_main:
-            self._run.write_status(self._status)
+            try:
+                self._run.write_status(self._status)
+            except OSError as error:
+                self._say_unwritten(error)
+
+
+class _LogFile(logging.FileHandler):
+    """train.log; lines that find no room are kept by the stream for the next."""
+
+    def __init__(self, file: Path, on_error: Callable[[OSError], None]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._on_error = on_error
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        else:
+            self._on_error(error)
 
 
 class _AboveTheBar(logging.Handler):
     """Log lines on the terminal, above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):  # the window, or the program that listens, has gone
+            tqdm.write(self.format(record), file=sys.stderr)

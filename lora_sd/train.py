@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lora_sd.objective import Objective
 from lora_sd.optimizers import make_optimizer, make_schedule, parameter_groups
 from lora_sd.preparation import make_accelerator, prepare
 from lora_sd.result import save_result
-from lora_sd.resume import restore
+from lora_sd.resume import Stateful, is_finished, restore
 from lora_sd.run_folder import RunFolder, create_run
 from lora_sd.run_record import RunRecord
 from lora_sd.samples import draw_samples, draw_scale_grid, sample_settings
@@ -31,12 +32,20 @@ from lora_sd.validation import validation_loss
 log = logging.getLogger("lora_sd")
 
 
-def train(config: Config, default_name: str, resumed: RunFolder | None = None) -> int:
+def train(
+    config: Config,
+    default_name: str,
+    resumed: RunFolder | None = None,
+    allowed: Collection[str] = (),
+    stop: StopRequest | None = None,
+) -> int:
     """Train one adapter into a run folder.
 
     Args:
         default_name: the run folder's name where the settings give none.
         resumed: the run to go on with; its settings are `config`.
+        allowed: names of what may have changed of it (`changes.check`).
+        stop: a request that is heeded since before this was called.
 
     Returns:
         0 when the run is finished, 75 when it was stopped and can go on.
@@ -46,13 +55,14 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
     """
     # --- pictures, base model, layers: what can be wrong is found before a folder is made ---
     options, max_tokens = config.train, config.data.max_tokens
-    stop = StopRequest()
+    stop = stop or StopRequest()
     accelerator = make_accelerator(config)
     device, is_main = accelerator.device, accelerator.is_main_process
     ready = prepare(config, accelerator, stop, resumed is None)
     base, layers, step_pictures = ready.base, ready.layers, ready.step_pictures
     pictures, views, told = ready.pictures, ready.views, ready.notices
     run = resumed or _new_run(config, default_name, accelerator)
+    stop.watch(run, is_main)
 
     with RunRecord(run, options.steps, is_main) as record:
 
@@ -97,17 +107,20 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
 
         # --- where an interrupted run stood ---
         identity = checkpoint.Identity(
-            config.model_dump(), pictures.fingerprint, base.fingerprint()
+            config.model_dump(), pictures.fingerprints(), base.fingerprint(), step_pictures
         )
-        stateful = {"optimizer": optimizer, "schedule": lr_schedule}
+        stateful: dict[str, Stateful] = {"optimizer": optimizer, "schedule": lr_schedule}
         if accelerator.scaler is not None:
             stateful["scaler"] = accelerator.scaler
         step = 0
         if resumed is not None:
-            step = restore(run, identity, layers, stateful, device, is_main)
+            step = restore(
+                run, identity, layers, stateful, device, is_main,
+                allowed=allowed, config_yaml=config.to_yaml(),
+            )  # fmt: skip
             wants_grid = bool(config.sample.prompts and config.sample.scales)
-            has_result = run.adapter_file.is_file() and (run.grid_file.is_file() or not wants_grid)
-            if step >= options.steps and has_result:
+            has_grid = run.grid_file.is_file() or not wants_grid
+            if is_finished(run, step, options.steps) and has_grid:
                 log.info("'%s' is complete already.", run.path)
                 return 0
 
@@ -118,7 +131,9 @@ def train(config: Config, default_name: str, resumed: RunFolder | None = None) -
                     adapter.metadata = adapter_metadata.describe_run(config, base, run.name)
                     state = {name: one.state_dict() for name, one in stateful.items()}
                     keep = config.output.keep_checkpoints
-                    checkpoint.save(run, step, adapter, state, identity, keep)
+                    waits = config.output.on_full_disk == "wait"
+                    wait = record.wait_for_room(lambda: stop.requested) if waits else None
+                    checkpoint.save(run, step, adapter, state, identity, keep, wait)
                 accelerator.wait_for_everyone()
 
         # --- what stays the same while training: latents, text embeddings ---

@@ -108,7 +108,7 @@ def tensors(run: RunFolder, step: int) -> dict[str, list[float]]:
     """Adapter and optimizer of a checkpoint as plain numbers."""
     from safetensors.torch import load_file
 
-    state = torch.load(run.checkpoint(step) / "optimizer.pt", weights_only=True)
+    state = torch.load(run.checkpoint(step) / "state.pt", weights_only=True)
     found = {
         k: v.flatten().tolist()
         for k, v in load_file(run.checkpoint(step) / "adapter.safetensors").items()
@@ -153,7 +153,7 @@ def test_samples_that_cannot_be_drawn_do_not_end_the_run(run_settings, monkeypat
     assert "could not be drawn" in run.log_file.read_text()
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "adapter.safetensors", "manifest.json"])
+@pytest.mark.parametrize("file", ["state.pt", "adapter.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_a_damaged_checkpoint_is_passed_over_and_made_again(run_settings, file, damage):
     run = train(run_settings)
@@ -174,7 +174,7 @@ def test_all_checkpoints_damaged_is_an_error_and_nothing_is_deleted(run_settings
     run = train(run_settings)
     run.adapter_file.unlink()
     for folder in run.checkpoints.iterdir():
-        (folder / "optimizer.pt").write_bytes(b"")
+        (folder / "state.pt").write_bytes(b"")
     before = sorted(run.path.rglob("*"))
     with pytest.raises(RunError, match="No checkpoint"):
         resume(run)

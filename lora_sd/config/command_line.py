@@ -9,17 +9,23 @@ from typing import Any, NoReturn
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from lora_sd.config.settings import Config, hint, setting_names, settings
-from lora_sd.errors import ConfigError
+from lora_sd.errors import ConfigError, nearest
+
+CHANGES_WITHOUT_SETTING = ("data", "base", "processes")
+"""What else a change can be allowed of: the pictures and captions, the base model's weights, and
+how many processes share a step."""
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was typed: settings by group, unchecked, and where to start from."""
+    """What was typed: settings by group, unchecked, where to start from, and what may change of a
+    run that goes on."""
 
     flags: dict[str, dict[str, Any]]
     config_file: Path | None
     resume: Path | None
     like: Path | None
+    allowed: frozenset[str] = frozenset()
 
     def over(self, values: dict[str, Any]) -> dict[str, Any]:
         """Unchecked settings, overridden by the flags."""
@@ -34,11 +40,13 @@ def parse_command_line(argv: Sequence[str], program: str) -> CommandLine:
     """Take a command line apart.
 
     Raises:
-        ConfigError: an unknown flag, a flag without its value, or more than one start.
+        ConfigError: an unknown flag, a flag without its value, more than one start, or a change
+            allowed of what does not exist.
     """
     parser = _Parser(
         prog=program,
-        usage=f"{program} [--config FILE | --like ADAPTER | --resume RUN] [--GROUP.SETTING VALUE]",
+        usage=f"{program} [--config FILE | --like ADAPTER] [--GROUP.SETTING VALUE]\n"
+        f"       {program} --resume RUN [--GROUP.SETTING VALUE] [--allow-change NAME,NAME]",
         description="Train a LoRA adapter for Stable Diffusion on a folder of images.",
         epilog="A flag wins over the config file. Lists: repeat the flag, once for each entry.",
         formatter_class=argparse.RawTextHelpFormatter,
@@ -57,7 +65,18 @@ def parse_command_line(argv: Sequence[str], program: str) -> CommandLine:
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with an interrupted run, e.g. outputs/tiny",
+        help="go on with an interrupted run, e.g. outputs/tiny. Flags beside it change it: freely\n"
+        "where that does not change what is learned (sample.*, output.*, caches, where\n"
+        "things lie), otherwise with --allow-change",
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="NAME,NAME",
+        help="what may have changed of the run that goes on: settings, e.g. train.steps; 'data':\n"
+        "its pictures and captions; 'base': the base model's weights; 'processes': how many share\n"
+        "a step. With more train.steps the learning rate goes on as that of the longer run",
     )
     try:
         source: CliSettingsSource[_Parser] = CliSettingsSource(
@@ -78,13 +97,20 @@ def parse_command_line(argv: Sequence[str], program: str) -> CommandLine:
         if plain.get(name):
             group, _, setting = name.partition(".")
             flags.setdefault(group, {})[setting] = plain[name]
-    line = CommandLine(flags, plain["config"], plain["resume"], plain["like"])
+    allowed = {name.strip() for text in plain["allow_change"] for name in text.split(",")} - {""}
+    line = CommandLine(flags, plain["config"], plain["resume"], plain["like"], frozenset(allowed))
     starts = [path for path in (line.config_file, line.resume, line.like) if path]
     if len(starts) > 1:
         raise ConfigError("Give one of --config, --like and --resume.")
-    if line.resume and flags:
+    if allowed and not line.resume:
+        raise ConfigError("--allow-change is for a run that goes on: give --resume, too.")
+    known = [*setting_names(), *CHANGES_WITHOUT_SETTING]
+    if unknown := sorted(allowed - set(known)):
         raise ConfigError(
-            "--resume goes on with the run's own settings; give it alone, or start a new run."
+            [
+                f"--allow-change: there is no setting '{name}'.{nearest(name, known)}"
+                for name in unknown
+            ]
         )
     return line
 

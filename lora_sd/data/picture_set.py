@@ -72,6 +72,21 @@ class PictureSet:
             digest.update(repr(said).encode())
         return digest.hexdigest()
 
+    def fingerprints(self) -> dict[str, str]:
+        """Of each picture by its name, in order: changes with content, caption, repeats or mask.
+
+        A name that several folders have is numbered: 'a.png (2)'.
+        """
+        found: dict[str, str] = {}
+        for one in self.pictures:
+            name, number = one.name, 1
+            while name in found:
+                number += 1
+                name = f"{one.name} ({number})"
+            said = (one.sha256, one.caption, one.repeats, one.mask_sha256)
+            found[name] = hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+        return found
+
 
 def load_picture(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
     """(the picture in RGB, upright and on its background; its mask 'L', white where it counts).
