@@ -54,7 +54,7 @@ def make_optimizer(
     given = {**kind.always, **read_options(name, options, plain, kind.elsewhere)}
     optimizer = resumable(plain)
     optimizer.source = kind.source or plain.__module__.partition(".")[0]
-    optimizer.settings = frozenset({"name", "weight_decay", *given})
+    optimizer.settings = frozenset({"name", "lr", "weight_decay", *given})
     try:
         return optimizer([dict(group) for group in groups], **given)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -85,7 +85,7 @@ def _rules(texts: Sequence[str], shapes: Mapping[str, Size]) -> list[tuple[str, 
         if not pattern or factor is None:
             problems.append(
                 f"'optimizer.block_learning_rates' holds '{text}': write PATTERN=FACTOR, such as "
-                f"block:mid=0.5 or attn1=0."
+                f"block:mid=0.5 or *attn1*=0."
             )
         elif wrong:
             problems.append(f"'optimizer.block_learning_rates': {wrong}")

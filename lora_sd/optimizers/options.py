@@ -97,7 +97,7 @@ def _wrong_kind(value: Any, default: Any) -> str:
         return f"{len(default)} numbers are expected, such as {shown}"
     if isinstance(default, bool) and not isinstance(value, bool):
         return "true or false is expected"
-    if _is_number(default) and not _is_number(value):
+    if _is_number(default) and not _is_number(value) and value is not None:
         return f"one number is expected, such as {default:g}"
     return ""
 
