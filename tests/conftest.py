@@ -93,10 +93,8 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     )
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with random weights."""
-    root = tmp_path_factory.mktemp("model")
+def make_model_folder(root: Path) -> Path:
+    """A diffusers folder with random weights, inside an empty folder."""
     tokenizer = make_tokenizer(root / "tokens")
     torch.manual_seed(1)
     text = CLIPTextConfig(
@@ -128,6 +126,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         requires_safety_checker=False,
     ).save_pretrained(root / "sd")
     return root / "sd"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with random weights."""
+    return make_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
