@@ -21,7 +21,7 @@ from lora_sd.run_folder import RunFolder, create_run
 from lora_sd.sample_prompts import SamplePrompts
 from lora_sd.samples import Samples, read_settings
 
-SHARED = PictureSettings("", seed=5, steps=2, guidance=2, width_px=16, height_px=16, adapter="mine")
+SHARED = PictureSettings("", seed=5, steps=2, guidance=2, width_px=16, height_px=16, adapter="run")
 
 
 class Drawing:
