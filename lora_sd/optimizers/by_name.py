@@ -10,7 +10,6 @@ adamw_schedulefree  pytorch_optimizer (Defazio et al. 2024)
 """
 
 import importlib.util
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,10 +59,6 @@ def _adamw() -> type[torch.optim.Optimizer]:
 
 
 def _torchao() -> type[torch.optim.Optimizer]:
-    # At its import it warns of each of its GPU kernels that this machine cannot run, and torch of
-    # what it still does in an old way.
-    for warns in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(warns).setLevel(logging.ERROR)
     from lora_sd.optimizers.adamw_8bit import TorchaoAdamW8bit
 
     return TorchaoAdamW8bit
