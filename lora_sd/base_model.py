@@ -1,10 +1,8 @@
 """A base model in use: loaded, encoding captions and pictures, predicting, and let go."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -23,16 +21,16 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lora_sd import layer_names
 from lora_sd.base_files.components import Part
+from lora_sd.base_files.digests import config_text, joined_digest, weights_digest
 from lora_sd.base_files.scheduler import make_scheduler
 from lora_sd.errors import BaseModelError
 from lora_sd.formats import versions
 from lora_sd.formats.layer_tables import family_of
 from lora_sd.known_bases import size_step_px
+from lora_sd.memory.idle_parts import IdleParts
 from lora_sd.text_encoding import CHUNK_TOKENS, TextEmbedding, chunked, hidden_states, token_ids
 
 TEXT_LAYER_OF_SDXL = -2
-SAYS_NOTHING = ("transformers_version", "dtype", "torch_dtype", "architectures")
-"""Entries of a config that do not change what a part computes."""
 
 
 @dataclass(repr=False)
@@ -63,13 +61,16 @@ class BaseModel:
     def __post_init__(self) -> None:
         self.device = self.unet.device
         parts = {**self.components, "vae": self.vae}
-        self._released: set[str] = set()
         # Now, as adapters change weights later, and parts are let go. What is cached goes by those
         # of the VAE and the text encoders, so that they are whole: 1.6 s for SDXL in bfloat16.
+        weights = {
+            part: weights_digest(module, stride=part == "unet") for part, module in parts.items()
+        }
+        self.idle = IdleParts(parts, self.sources, weights, self.device)
         digests = {
-            part: _joined_digest(
-                _digest(module, stride=part == "unet"),
-                _config_of(module),
+            part: joined_digest(
+                weights[part],
+                config_text(module),
                 self.sources[part].dtype if part in self.sources else module.dtype,
             )
             for part, module in parts.items()
@@ -79,7 +80,7 @@ class BaseModel:
         self._fingerprints = {
             "unet": digests["unet"],
             "vae": digests["vae"],
-            "text": _joined_digest(*encoders, *tokens, self.clip_skip),
+            "text": joined_digest(*encoders, *tokens, self.clip_skip),
         }
 
     # --- what it is ---
@@ -157,10 +158,13 @@ class BaseModel:
     def fingerprint(self) -> str:
         """Changes with the weights and configs it was loaded with, and with its noise schedule: a
         hash over all but the UNet's weights, of which every tensor is seen in part."""
-        return _joined_digest(*self._fingerprints.values(), _config_of(self.scheduler))
+        return joined_digest(*self._fingerprints.values(), config_text(self.scheduler))
 
     def vae_fingerprint(self) -> str:
         """Changes with all that encoded pictures depend on, but for the pictures."""
+        if self.vae.use_tiling:  # blends the tiles' edges
+            tiles = self.vae.tile_sample_min_size, self.vae.tile_overlap_factor
+            return joined_digest(self._fingerprints["vae"], tiles)
         return self._fingerprints["vae"]
 
     def text_fingerprint(self) -> str:
@@ -350,53 +354,21 @@ class BaseModel:
     # --- parts that are not wanted for a while ---
 
     def release(self, *parts: str) -> None:
-        """Let 'vae', 'text_encoder' or 'text_encoder_2' leave memory until they are used again.
+        """Let 'vae', 'text_encoder' or 'text_encoder_2' go until they are used again, as `idle`
+        has it: leave memory, wait in the CPU's, or stay.
 
         Raises:
-            ValueError: an adapter is in it, which no file holds.
+            ValueError: an adapter is in one that is to leave, which no file holds.
         """
-        for part in parts:
-            module = getattr(self, part)
-            if not self.sources[part].holds(module):
-                raise ValueError(f"'{part}' has adapters in it: detach them first")
-            for child in module.modules():
-                for key, weight in child._parameters.items():
-                    if weight is not None:
-                        empty = nn.Parameter(weight.to("meta"), requires_grad=False)
-                        child._parameters[key] = empty
-            self._released.add(part)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.idle.release(*parts)
 
     def restore(self) -> None:
-        """Read what was released again from its files."""
-        self._restore(*self._released)
+        """Bring back what was released.
+
+        Raises:
+            BaseModelError: its files are not there any more, or hold something else now.
+        """
+        self.idle.restore()
 
     def _restore(self, *parts: str) -> None:
-        for part in self._released.intersection(parts):
-            self.sources[part].fill(getattr(self, part), self.device)
-            self._released.remove(part)
-
-
-def _digest(module: nn.Module, stride: bool = False) -> str:
-    """Changes with the weights: a hash over all their bytes, or over 64 numbers of each, spread
-    over it, which tells models apart but not every change."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.flatten()
-        # An odd stride, so that it is not the same column of a matrix each time.
-        seen = flat[:: flat.numel() // 64 | 1] if stride else flat
-        digest.update(seen.contiguous().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def _config_of(part: Any) -> str:
-    """What a part's config says of how it computes, as text."""
-    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
-    said = {k: v for k, v in config.items() if not k.startswith("_") and k not in SAYS_NOTHING}
-    return repr(sorted(said.items(), key=lambda item: item[0]))
-
-
-def _joined_digest(*facts: object) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+        self.idle.restore(*parts)

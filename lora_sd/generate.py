@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from lora_sd import durable, inject
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel
-from lora_sd.merge import MergedWeights
+from lora_sd.merge import LiveWeights, MergedWeights
 
 OnStep = Callable[[int, int], bool]  # (denoising steps done, in all) -> whether to stop
 MOST_IN_A_BATCH = 8
@@ -144,7 +144,7 @@ def _embeddings(base: BaseModel, settings: Sequence[PictureSettings]) -> dict[st
 
 def generate_at_scales(
     base: BaseModel,
-    merged: MergedWeights,
+    merged: MergedWeights | LiveWeights,
     adapter: Adapter,
     scales: Sequence[float],
     settings: Sequence[PictureSettings],

@@ -19,6 +19,7 @@ from lora_sd.layers import (
     LayerOptions,
     LoRALayer,
     innermost,
+    weight_shape,
     wrapper_of,
 )
 from lora_sd.parts import TOKENS, Scales
@@ -135,7 +136,7 @@ def set_scale(
     """
     for name, layer in lora_layers(model, adapter_name).items():
         if isinstance(scale, Scales):
-            layer.set_scale(scale.of(name, layer.weight.shape))
+            layer.set_scale(scale.of(name, weight_shape(innermost(layer))))
         else:
             layer.set_scale(scale)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Size, nn
 
-from lora_sd.layers import Adaptable, LoRALayer, innermost
+from lora_sd.layers import Adaptable, LoRALayer, innermost, weight_shape
 from lora_sd.parts import TEXT_ENCODERS, TOKENS
 
 Model = nn.Module | Mapping[str, nn.Module]
@@ -33,7 +33,7 @@ def adaptable_layers(model: Model) -> dict[str, Adaptable]:
 
 def layer_shapes(model: Model) -> dict[str, Size]:
     """Weight shape of every adaptable layer, by full name."""
-    return {name: layer.weight.shape for name, layer in adaptable_layers(model).items()}
+    return {name: weight_shape(layer) for name, layer in adaptable_layers(model).items()}
 
 
 def walk(model: Model) -> Iterator[tuple[str, tuple[nn.Module, Place]]]:

@@ -2,18 +2,31 @@
 
 A merged weight is always computed from a kept copy of the base, in float32, and never by adding
 to or subtracting from the last result: so a thousand changes of scale leave no trace.
+
+A base in few bits (`memory.quantization`) takes no update in: most are smaller than the distance of
+two of its numbers. Adapters act on it live.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lora_sd import inject
 from lora_sd.adapter import Adapter, LoRAWeights
-from lora_sd.layer_names import adaptable_layers
+from lora_sd.layer_names import adaptable_layers, layer_shapes
 from lora_sd.layers import add_to_bias, restore_bias
+from lora_sd.memory.quantization import is_quantized
 from lora_sd.parts import Scales
+
+
+def weights_with_adapters(components: Mapping[str, nn.Module]) -> "MergedWeights | LiveWeights":
+    """What puts adapters into these models: merged, or live where weights are in few bits."""
+    if any(is_quantized(model) for model in components.values()):
+        return LiveWeights(components)
+    return MergedWeights(components)
 
 
 class MergedWeights:
@@ -24,9 +37,14 @@ class MergedWeights:
 
     Args:
         components: the models by the name that begins their layers' names: {'unet': unet}.
+
+    Raises:
+        ValueError: weights are in few bits.
     """
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
+        if any(is_quantized(model) for model in components.values()):
+            raise ValueError("a weight in few bits has no room for an update: use LiveWeights")
         self._layers: dict[str, Any] = dict(adaptable_layers(components))
         self._kept: dict[str, tuple[Tensor, Tensor | None]] = {}
 
@@ -66,3 +84,41 @@ class MergedWeights:
         """Put the base weights back and forget the copies."""
         self.set([])
         self._kept.clear()
+
+
+class LiveWeights:
+    """As `MergedWeights`, but the adapters act beside the weights, which are left alone.
+
+    Args:
+        components: the models by the name that begins their layers' names: {'unet': unet}.
+    """
+
+    def __init__(self, components: Mapping[str, nn.Module]) -> None:
+        self._components = components
+        self._attached: list[tuple[Adapter, str]] = []
+        self._names = (f"live {number}" for number in count())
+
+    def set(self, adapters: Sequence[tuple[Adapter, float | Scales]]) -> None:
+        """Let the models act as base + sum of scale * delta; with no adapter, as the base.
+
+        Raises:
+            AdapterError: an adapter has a layer that the models lack, or of another shape; all is
+                then as before.
+        """
+        shapes = layer_shapes(self._components)
+        for adapter, _ in adapters:
+            adapter.check_fits(shapes, "the adapter")
+        if [id(adapter) for adapter, _ in adapters] != [id(one) for one, _ in self._attached]:
+            self.clear()
+            for adapter, _ in adapters:
+                name = next(self._names)
+                inject.attach_adapter(self._components, adapter, adapter_name=name)
+                self._attached.append((adapter, name))
+        for (_, scale), (_, name) in zip(adapters, self._attached, strict=True):
+            inject.set_scale(self._components, scale, name)
+
+    def clear(self) -> None:
+        """Take the adapters out."""
+        for _, name in self._attached:
+            inject.detach(self._components, name)
+        self._attached.clear()

@@ -2,7 +2,8 @@
 that loading takes little more memory than the model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class Part:
     files: BaseFiles
     component: str
     dtype: torch.dtype
+    _stamps: Mapping[Path, tuple[int, int]] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_stamps", self._look())
 
     def build(self, config: Mapping[str, Any], device: torch.device) -> nn.Module:
         """The part with its weights, frozen and in evaluation mode.
@@ -63,12 +68,30 @@ class Part:
         """Read the weights again from the files into a module that has none."""
         # All room is taken first: between what stays, each tensor read would leave a hole.
         tensors = {
-            key: torch.empty(tensor.shape, dtype=self.dtype, device=device)
+            key: torch.empty_like(tensor, dtype=self.dtype, device=device)
             for key, tensor in module.state_dict().items()
         }
         for key, name in self._names(module).items():
             tensors[key].copy_(self.files.tensor(name))
         module.load_state_dict(tensors, assign=True)
+
+    def is_touched(self) -> bool:
+        """Whether its files have been written, or replaced by others, since they were opened.
+
+        Raises:
+            OSError: a file is gone.
+        """
+        return self._look() != self._stamps
+
+    def _look(self) -> dict[Path, tuple[int, int]]:
+        """(size in bytes, time of the last change in ns) of each file that holds some of it."""
+        paths = {
+            entry.stored.path
+            for entry in self.files.entries
+            if any(name.startswith(f"{self.component}.") for name in entry.piece.names)
+        }
+        seen = {path: path.stat() for path in paths}
+        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in seen.items()}
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the files hold all that the module has."""

@@ -24,6 +24,7 @@ from lora_sd.layers.layer import (
     magnitude_shape,
     rank_limit,
     restore_bias,
+    weight_shape,
 )
 from lora_sd.layers.starts import INITS
 
@@ -43,5 +44,6 @@ __all__ = [
     "magnitude_shape",
     "rank_limit",
     "restore_bias",
+    "weight_shape",
     "wrapper_of",
 ]

@@ -160,6 +160,14 @@ class LoRALayer(nn.Module):
         inside = isinstance(self.base, LoRALayer) and self.base.is_merged
         return self._kept is not None or inside
 
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Keep the factors in this precision. DoRA's magnitude stays: rounded, it would be another
+        norm than the base's, and a fresh adapter would change something."""
+        self.lora_down.to(dtype)
+        self.lora_up.to(dtype)
+        if self.down_start is not None and self.up_start is not None:
+            self.down_start, self.up_start = self.down_start.to(dtype), self.up_start.to(dtype)
+
     def set_scale(self, scale: float | Tensor) -> None:
         """Set the scale: a number, or a tensor (samples,) of one for each sample of a batch.
 
@@ -309,10 +317,12 @@ class LoRALayer(nn.Module):
         down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach()
         alpha = in_file_precision(self.scaling * self.rank) if self.rs else self.alpha
         if self.down_start is not None and self.up_start is not None:
-            left = up if exact else up - self.up_start
-            right = self.down_start if exact else down - self.down_start
+            down, down_start = down.float(), self.down_start.float()
+            up, up_start = up.float(), self.up_start.float()
+            left = up if exact else up - up_start
+            right = down_start if exact else down - down_start
             down = torch.cat([down, right])
-            up = torch.cat([left, -self.up_start if exact else self.up_start], dim=1)
+            up = torch.cat([left, -up_start if exact else up_start], dim=1)
             alpha *= 2
         return LoRAWeights(
             down,
@@ -371,6 +381,8 @@ class LoRALayer(nn.Module):
             return
         if isinstance(self.base, LoRALayer) or isinstance(self.scale, Tensor):
             raise ValueError("nested adapters and scales by sample cannot be merged here")
+        if not isinstance(self.weight, nn.Parameter):
+            raise ValueError("a weight in few bits has no room for an update")
         bias = cast(Tensor | None, self.bias)
         self._kept = self.weight.detach().clone(), None if bias is None else bias.detach().clone()
         weights = self.weights()
@@ -398,6 +410,12 @@ def innermost(layer: nn.Module) -> Any:
     while isinstance(layer, LoRALayer):
         layer = layer.base
     return layer
+
+
+def weight_shape(layer: Any) -> Size:
+    """The shape of a plain layer's weight; one in few bits is not unpacked for it."""
+    known = getattr(layer, "weight_shape", None)
+    return layer.weight.shape if known is None else known
 
 
 def rank_limit(weight_shape: Size, groups: int = 1) -> int:
