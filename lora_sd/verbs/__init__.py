@@ -7,6 +7,7 @@ A verb's file has `DESCRIPTION` and `EXAMPLE` for its help, `add_arguments(parse
 
 SUMMARIES = {
     "check-data": "check a folder of pictures before training: sizes, crops, captions, duplicates",
+    "plan": "say what memory, time and disk a run needs, and which cards it fits",
     "inspect": "show what an adapter holds: ranks, norms, spectrum, metadata; a table or a plot",
     "convert": "write an adapter in another format or precision",
     "resize": "lower an adapter's rank: to a rank, a share of its energy, or a file size",
