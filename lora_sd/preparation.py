@@ -1,8 +1,10 @@
 """All that can be wrong with a run is found here, before its folder is made."""
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,18 +14,28 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from lora_sd import inject, layer_choice, layer_names, prediction_type, run_data
+from lora_sd import clients, inject, layer_choice, layer_names, prediction_type, run_data
 from lora_sd.adapter import Adapter
 from lora_sd.base_loading import load_base_model, pick_dtype
 from lora_sd.base_model import BaseModel
 from lora_sd.config import Config
 from lora_sd.data.picture_set import LeftOut, PictureSet
+from lora_sd.data.training_data import TrainingData
 from lora_sd.data.views import View, check_resolutions, make_views
 from lora_sd.errors import ConfigError, Problems
 from lora_sd.formats import fitting_format
 from lora_sd.layers import LayerOptions, LoRALayer
+from lora_sd.learner import Learner
+from lora_sd.objective import Objective
+from lora_sd.optimizers.schedules import warmup_note
 from lora_sd.parts import TEXT_ENCODERS, component_of, unread_layers
+from lora_sd.run_folder import RunFolder
+from lora_sd.sample_prompts import SamplePrompts
+from lora_sd.samples import shared_settings
 from lora_sd.stop_request import StopRequest
+from lora_sd.validation import check_validation
+
+log = logging.getLogger("lora_sd")
 
 
 @dataclass
@@ -35,6 +47,7 @@ class Prepared:
         planned: the adapter as it will be, without weights.
         file_format: the format of the result.
         notices: sentences for the log.
+        wants_grid: whether the grid of scales is drawn at the end.
         step_pictures: pictures in a step, of all processes and passes together.
     """
 
@@ -42,12 +55,16 @@ class Prepared:
     pictures: PictureSet
     views: list[View]
     too_small: list[LeftOut]
+    objective: Objective
+    prompts: SamplePrompts
     layers: dict[str, LoRALayer]
+    learner: Learner
     plans: list[layer_choice.LayerPlan]
     options: LayerOptions
     planned: Adapter
     file_format: str
     notices: list[str]
+    wants_grid: bool
     step_pictures: int
 
     @property
@@ -60,6 +77,32 @@ class Prepared:
         """Whether anything is dropped at random in training."""
         options = self.options
         return bool(options.dropout or options.rank_dropout or options.module_dropout)
+
+    def read_again(self, config: Config, stop: StopRequest) -> None:
+        """Read the pictures once more, as the base has drawn some of them meanwhile."""
+        self.pictures = run_data.read_pictures(config, stop)
+        bad = config.data.bad_pictures
+        self.views, self.too_small = make_views(self.pictures, self.base.size_step_px, bad)
+
+    def describe(self, config: Config, run: RunFolder) -> None:
+        """Say in the log what is trained."""
+        log.info("Run folder: %s", run.path)
+        log.info("%s", run_data.describe_base(self.base))
+        log.info("Adapted layers (preset '%s'):", config.adapter.preset)
+        bytes_per_weight = getattr(torch, config.output.dtype).itemsize
+        log.info("%s", layer_choice.describe(self.plans, self.options, bytes_per_weight))
+        if self.file_format == "kohya":  # diffusers' is for diffusers alone
+            self.notices += clients.ignored_layers(self.planned, self.base.family, self.file_format)
+
+    def describe_data(self, data: TrainingData, steps: int) -> None:
+        """Say in the log what is seen, and all that is worth a note."""
+        self.notices += self.pictures.notices + run_data.smaller_note(data.shown)
+        for notice in self.notices:
+            log.warning("Note: %s", notice)
+        for line in run_data.describe(
+            self.pictures, data, self.too_small, steps, self.step_pictures
+        ):
+            log.info("%s", line)
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -122,14 +165,73 @@ def prepare(config: Config, accelerator: Accelerator, stop: StopRequest, is_new:
         file_format, format_notices = fitting_format(planned, config.output.format)
         if config.output.format not in ("auto", file_format):
             raise ConfigError(f"'output.format': {' '.join(format_notices)}")
+        objective = Objective(base.noise_schedule(), **config.objective.model_dump())
+        prompts = _sample_prompts(config, base)
+    with problems.gathered():
+        if pictures is not None:
+            kinds = {folder.kind for folder in run_data.folder_options(config)}
+            check_validation("validation" in kinds, options.keep_best, options.patience)
     problems.tell()
     assert pictures is not None
     layers = inject.attach(base.components, plans, layer_options, options.seed)
+    optimizer = config.optimizer
+    learner = Learner(
+        layers,
+        accelerator,
+        options.steps,
+        optimizer=optimizer.name,
+        options=optimizer.options,
+        groups={
+            "learning_rate": optimizer.learning_rate,
+            "conv_learning_rate": optimizer.conv_learning_rate,
+            "text_encoder_rates": optimizer.text_encoder_rates(),
+            "block_learning_rates": optimizer.block_learning_rates,
+            "lora_plus_ratio": optimizer.lora_plus_ratio,
+            "weight_decay": optimizer.weight_decay,
+        },
+        schedule=optimizer.schedule_options(),
+        max_grad_norm=optimizer.max_grad_norm,
+        max_weight_norm=optimizer.max_weight_norm,
+        ema_decay=options.ema_decay,
+    )
+    if config.memory.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
+    if note := warmup_note(options.steps, optimizer.warmup_steps):
+        told.append(note)
     return Prepared(
-        base, pictures, views, too_small, layers, plans, layer_options, planned, file_format,
-        [*told, *format_notices],
+        base, pictures, views, too_small, objective, prompts, layers, learner, plans,
+        layer_options, planned, file_format, [*told, *format_notices],
+        bool(prompts and config.sample.scales),
         options.batch_size * options.gradient_accumulation * accelerator.num_processes,
     )  # fmt: skip
+
+
+def make_data(config: Config, ready: Prepared) -> TrainingData:
+    """What each step sees."""
+    return TrainingData(
+        ready.base,
+        ready.views,
+        run_data.open_store(config),
+        ready.objective,
+        seed=config.train.seed,
+        step_pictures=ready.step_pictures,
+        max_tokens=config.data.max_tokens,
+        learns_text=ready.trains_text,
+    )
+
+
+def _sample_prompts(config: Config, base: BaseModel) -> SamplePrompts:
+    sample = config.sample
+    shared = shared_settings(
+        base,
+        max(config.data.resolution_px),
+        negative_prompt=sample.negative_prompt,
+        seed=sample.seed,
+        steps=sample.steps,
+        guidance=sample.guidance,
+    )
+    file = Path(sample.prompt_file) if sample.prompt_file else None
+    return SamplePrompts(sample.prompts, file, shared, base.size_step_px)
 
 
 def _precision(asked: str) -> str:

@@ -12,6 +12,7 @@ The trainer writes, the app and other programs only read; they share nothing els
     checkpoints/step_000100/  full state, to resume bit for bit
     grid.png                  prompts by scales, at the end
     adapter.safetensors       the result
+    best.safetensors          the adapter of the lowest validation loss, where it is kept
 """
 
 import contextlib
@@ -86,6 +87,7 @@ class RunFolder:
         self.grid_file = self.path / "grid.png"
         self.adapter_file = self.path / "adapter.safetensors"
         self.changes_file = self.path / "changes.json"
+        self.best_file = self.path / "best.safetensors"
         self.stop_file = self.path / "stop"
         self.lock_file = self.path / ".lock"
 

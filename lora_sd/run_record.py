@@ -156,14 +156,15 @@ class RunRecord:
         self,
         step: int,
         loss: float,
-        lr: float,
+        rates: Mapping[str, float],
         grad_norm: float,
         images: int,
-        more: Mapping[str, float],
+        more: Mapping[str, Any],
     ) -> None:
         """One step is done: a line of metrics, the bar, now and then a line in the log.
 
         Args:
+            rates: the learning rates by group; 'lr' is the first of them.
             images: pictures in this step.
             more: what was measured besides at this step, by the name it has in the metrics.
         """
@@ -176,7 +177,8 @@ class RunRecord:
             {
                 "step": step,
                 "loss": loss,
-                "lr": lr,
+                "lr": next(iter(rates.values())),
+                **({"rates": dict(rates)} if len(set(rates.values())) > 1 else {}),
                 "grad_norm": grad_norm,
                 "images_per_s": round(images_per_s, 3),
                 "seconds": round(seconds, 3),

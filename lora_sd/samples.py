@@ -18,7 +18,6 @@ from PIL import Image
 
 from lora_sd import inject, layer_names
 from lora_sd.base_model import BaseModel
-from lora_sd.config import Config
 from lora_sd.formats import load_adapter
 from lora_sd.generate import (
     Cancelled,
@@ -40,7 +39,6 @@ LONGEST_REASON = 120
 
 def shared_settings(
     base: BaseModel,
-    adapter_name: str,
     largest_px: int,
     *,
     negative_prompt: str,
@@ -55,9 +53,7 @@ def shared_settings(
     """
     step_px = base.size_step_px
     side_px = max(largest_px // step_px, 1) * step_px
-    return PictureSettings(
-        "", negative_prompt, seed, steps, guidance, side_px, side_px, adapter_name
-    )
+    return PictureSettings("", negative_prompt, seed, steps, guidance, side_px, side_px)
 
 
 class Samples:
@@ -103,7 +99,7 @@ class Samples:
         adapter may be attached."""
         self._base.eval()
         with _pictures_may_fail("The grid"):
-            settings = self._prompts.read()
+            settings = self._settings()
             adapter = load_adapter(
                 self._run.adapter_file, layer_names.layer_shapes(self._base.components)
             )
@@ -118,9 +114,12 @@ class Samples:
             write_png(grid, self._run.grid_file)
             log.info("Grid: %s", self._run.grid_file)
 
+    def _settings(self) -> list[PictureSettings]:
+        return [replace(one, adapter=self._run.name) for one in self._prompts.read()]
+
     def _draw(self, step: int, on_step: OnStep) -> list[Path]:
         self._base.eval()
-        settings = self._prompts.read()
+        settings = self._settings()
         of_base = self._drawn_of_base(settings, on_step)
         rows = [[of_base[_without_adapter(one)]] for one in settings]
         files = [file for file, _ in dict.fromkeys(cell for row in rows for cell in row) if file]
@@ -240,30 +239,3 @@ def _pictures_may_fail(what: str) -> Iterator[None]:
         log.info("%s: not drawn, since the run is to stop.", what)
     except Exception:
         log.warning("%s could not be drawn.", what, exc_info=True)
-
-
-# --- what train.py calls until it makes a `Samples` itself ---
-
-
-def sample_settings(config: Config, base: BaseModel, adapter_name: str) -> SamplePrompts:
-    sample = config.sample
-    shared = shared_settings(
-        base, adapter_name, max(config.data.resolution_px), negative_prompt=sample.negative_prompt,
-        seed=sample.seed, steps=sample.steps, guidance=sample.guidance,
-    )  # fmt: skip
-    file = Path(sample.prompt_file) if sample.prompt_file else None
-    return SamplePrompts(sample.prompts, file, shared, base.size_step_px)
-
-
-def draw_samples(
-    base: BaseModel, run: RunFolder, step: int, prompts: SamplePrompts, accelerator: Accelerator,
-    on_step: OnStep,
-) -> None:  # fmt: skip
-    Samples(base, run, prompts, accelerator).draw(step, on_step)
-
-
-def draw_scale_grid(
-    base: BaseModel, run: RunFolder, scales: Sequence[float], prompts: SamplePrompts,
-    on_step: OnStep,
-) -> None:  # fmt: skip
-    Samples(base, run, prompts, Accelerator()).draw_grid(scales, on_step)

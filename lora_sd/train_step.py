@@ -59,6 +59,17 @@ class TrainStep:
     drops: bool
     trains_text: bool
 
+    def share(self) -> None:
+        """Wrap what learns, so that several processes share its gradients."""
+        if self.accelerator.num_processes > 1:
+            self.unet = self._shared(self.unet)
+            self.encoders = [self._shared(encoder) for encoder in self.encoders]
+
+    def _shared(self, model: nn.Module) -> nn.Module:
+        learns = any(parameter.requires_grad for parameter in model.parameters())
+        # DDP refuses what does not learn.
+        return self.accelerator.prepare_model(model) if learns else model
+
     def gradients(self, step: int) -> tuple[float, list[str]]:
         """Add up the gradients of a step; (its loss, the pictures whose error is no number).
 

@@ -256,13 +256,3 @@ class Validation:
         if accelerator.num_processes > 1:
             found = accelerator.reduce(found, "sum")  # of numbers and zeros: exact
         return found.cpu().double().view(-1, VALIDATION_TIMES)
-
-
-# --- what train.py calls until it makes a `Validation` itself ---
-
-
-def validation_loss(
-    base: BaseModel, data: TrainingData, max_tokens: int, accelerator: Accelerator
-) -> float:
-    errors = Validation(base, data, max_tokens, accelerator, batch_size=VALIDATION_TIMES)._errors()
-    return float(errors.mean())
