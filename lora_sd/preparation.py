@@ -14,7 +14,15 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from lora_sd import clients, inject, layer_choice, layer_names, prediction_type, run_data
+from lora_sd import (
+    clients,
+    inject,
+    layer_choice,
+    layer_names,
+    memory,
+    prediction_type,
+    run_data,
+)
 from lora_sd.adapter import Adapter
 from lora_sd.base_loading import load_base_model, pick_dtype
 from lora_sd.base_model import BaseModel
@@ -33,6 +41,7 @@ from lora_sd.run_folder import RunFolder
 from lora_sd.sample_prompts import SamplePrompts
 from lora_sd.samples import shared_settings
 from lora_sd.stop_request import StopRequest
+from lora_sd.trackers import check_trackers
 from lora_sd.validation import check_validation
 
 log = logging.getLogger("lora_sd")
@@ -171,9 +180,21 @@ def prepare(config: Config, accelerator: Accelerator, stop: StopRequest, is_new:
         if pictures is not None:
             kinds = {folder.kind for folder in run_data.folder_options(config)}
             check_validation("validation" in kinds, options.keep_best, options.patience)
+    with problems.gathered():
+        check_trackers(config.output.tensorboard, config.output.wandb)
+    with problems.gathered():
+        memory.check(
+            device,
+            accelerator.mixed_precision,
+            base_weights=config.memory.base_weights,
+            adapter_dtype=config.memory.adapter_dtype,
+            dora=config.adapter.dora,
+            compile=config.memory.compile,
+        )
     problems.tell()
     assert pictures is not None
     layers = inject.attach(base.components, plans, layer_options, options.seed)
+    told += memory.apply(base, layers, **config.memory.applied())
     optimizer = config.optimizer
     learner = Learner(
         layers,

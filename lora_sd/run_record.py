@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lora_sd.errors import RunError, UserError
 from lora_sd.run_folder import RunFolder, State, Status
+from lora_sd.trackers import Trackers
 
 log = logging.getLogger("lora_sd")
 HEARTBEAT_S = 1.0
@@ -49,6 +50,7 @@ class RunRecord:
         self._first_step = 0
         self._unwritten: list[dict[str, Any]] = []
         self._has_said_unwritten = False
+        self.trackers = Trackers(run, 0, is_main=False)  # none, until there are some
 
     def __enter__(self) -> "RunRecord":
         if self._is_main:
@@ -87,6 +89,7 @@ class RunRecord:
         elif error is not None:
             log.error("The run failed.", exc_info=error)
             self.state("failed", f"{type(error).__name__}: {error}")
+        self.trackers.close()
         for handler in self._handlers:
             log.removeHandler(handler)
             with contextlib.suppress(OSError):  # what is still to be written finds no room
@@ -174,7 +177,7 @@ class RunRecord:
         seconds = now - self._started
         images_per_s = images * (step - self._first_step) / max(seconds, 1e-9)
         self._append(
-            {
+            metrics := {
                 "step": step,
                 "loss": loss,
                 "lr": next(iter(rates.values())),
@@ -185,6 +188,7 @@ class RunRecord:
                 **more,
             }
         )
+        self.trackers.log(step, metrics)
         self._status.step = step
         self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
         self._bar.update()

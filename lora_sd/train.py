@@ -23,6 +23,7 @@ from lora_sd.run_folder import RunFolder, create_run
 from lora_sd.run_record import RunRecord
 from lora_sd.samples import Samples
 from lora_sd.stop_request import StopRequest
+from lora_sd.trackers import Trackers
 from lora_sd.train_step import TrainStep
 from lora_sd.validation import BestFile, Validation
 
@@ -125,6 +126,7 @@ def train(
                     wait = record.wait_for_room(lambda: stop.requested) if waits else None
                     keep = config.output.keep_checkpoints
                     checkpoint.save(run, step, adapter, state, identity, keep, wait)
+                    record.trackers.flush()
                 accelerator.wait_for_everyone()
 
         def go_back() -> int:
@@ -133,7 +135,7 @@ def train(
 
         def draw_samples() -> None:
             with record.during("sampling", f"drawing samples of step {step}"), learner.averaged():
-                samples.draw(step, beat)
+                record.trackers.pictures(step, samples.draw(step, beat))
             data.release()
 
         # --- where an interrupted run stood ---
@@ -147,6 +149,15 @@ def train(
             if is_finished(run, step, last) and (run.grid_file.is_file() or not ready.wants_grid):
                 log.info("'%s' is complete already.", run.path)
                 return 0
+
+        record.trackers = Trackers(
+            run,
+            step,
+            is_main=is_main,
+            tensorboard=config.output.tensorboard,
+            wandb_project=config.output.wandb,
+            settings=adapter_metadata.shared_config(config),
+        )
 
         # --- what stays the same while training: latents, text embeddings ---
         ready.describe(config, run)

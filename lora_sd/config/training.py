@@ -186,3 +186,7 @@ class MemoryGroup(Group):
     on_out_of_memory: Literal["stop", "step_down"] = "stop"
     """When memory runs out: stop, resumable, with advice; or go on with gradient checkpointing,
     then with ever smaller batches and as much more accumulation, saying so."""
+
+    def applied(self) -> dict[str, Any]:
+        """What is set up before the start, as `memory.apply` takes it."""
+        return self.model_dump(exclude={"gradient_checkpointing", "on_out_of_memory"})
