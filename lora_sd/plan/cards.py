@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lora_sd.plan.prediction import Phase
+from lora_sd.plan.prediction import LOADING, Phase
 from lora_sd.plan.setting import Setting
 
 CARDS_GB = (6, 8, 12, 16, 24)
@@ -35,7 +35,7 @@ class Card:
         phase: when that is.
     """
 
-    gb: int
+    gb: float
     fits: bool
     changes: tuple[str, ...]
     flags: Mapping[str, str]
@@ -106,7 +106,7 @@ def fit_cards(
     accumulation: int,
     predict: Predict,
     tile_px: int,
-    cards_gb: Sequence[int] = CARDS_GB,
+    cards_gb: Sequence[float] = CARDS_GB,
 ) -> list[Card]:
     """For each card the first of `steps_down` that fits it.
 
@@ -120,7 +120,7 @@ def fit_cards(
     for gb in sorted(cards_gb, reverse=True):
         for first in range(first, len(steps)):  # noqa: B020 (what no larger card fits, this does not)
             too_much = known[first].above(gb * GIB)
-            if too_much is None:
+            if too_much is None or _is_final(too_much, known[first].setting):
                 break
         highest = too_much or known[first].highest()
         step, taken = steps[first], with_overhead(highest.total)
@@ -128,15 +128,20 @@ def fit_cards(
     return found[::-1]
 
 
+def _is_final(phase: Phase, setting: Setting) -> bool:
+    """Whether no later step makes that phase smaller: the base is always loaded whole."""
+    return phase.name == LOADING and setting.dtype != torch.float32
+
+
 class _Lazy:
     """The phases of a setting, as many as were asked for."""
 
     def __init__(self, predict: Predict, setting: Setting) -> None:
         self._coming: Iterator[Phase] | None = None
-        self._predict, self._setting = predict, setting
+        self._predict, self.setting = predict, setting
         self._known: list[Phase] = []
 
-    def above(self, limit: int) -> Phase | None:
+    def above(self, limit: float) -> Phase | None:
         """The first phase that takes more than a limit."""
         for phase in self._all():
             if with_overhead(phase.total) > limit:
@@ -150,7 +155,7 @@ class _Lazy:
     def _all(self) -> Iterator[Phase]:
         yield from self._known
         if self._coming is None:
-            self._coming = iter(self._predict(self._setting))
+            self._coming = iter(self._predict(self.setting))
         for phase in self._coming:
             self._known.append(phase)
             yield phase

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lora_sd.plan.cards import Card
 from lora_sd.plan.measurement import Measured
-from lora_sd.plan.prediction import Phase
+from lora_sd.plan.prediction import TRAINING, Phase
 
 ASSUMED = (
     "Memory is said of tensors. A GPU wants more: CUDA's context and workspaces, taken for 0.6 GB, "
@@ -69,7 +69,7 @@ class Plan:
     @property
     def training(self) -> Phase:
         """The phase that was measured."""
-        return next(phase for phase in self.phases if phase.name == "training")
+        return next(phase for phase in self.phases if phase.name == TRAINING)
 
     @property
     def time_s(self) -> float | None:

@@ -34,7 +34,7 @@ def make_plan(
     *,
     measured: bool = True,
     device: Device = "here",
-    cards_gb: tuple[int, ...] = CARDS_GB,
+    cards_gb: tuple[float, ...] = CARDS_GB,
     on_picture: Callable[[int, int], bool] = lambda done, of: False,
 ) -> Plan:
     """What a run needs, before anything of it starts.
@@ -215,7 +215,7 @@ def _cards(
     config: Config,
     base: BaseConfigs,
     pictures: Pictures,
-    cards_gb: tuple[int, ...],
+    cards_gb: tuple[float, ...],
     device: str,
     setting: Setting,
     phases: tuple[Phase, ...],

@@ -15,6 +15,7 @@ from lora_sd.plan.packed import pack
 from lora_sd.plan.setting import Setting
 from lora_sd.plan.shaped_base import Arithmetic, attach, shaped_base
 
+LOADING, TRAINING = "loading the base", "training"
 TITLES = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 
 
@@ -86,7 +87,7 @@ class Prediction:
         """Every part of the run that has a highest moment of its own; what is quickly known first:
         each is computed when it is asked for."""
         setting = self.setting
-        yield _phase("loading the base", {**self.weights, "UNet": self._whole_unet}, self._own)
+        yield _phase(LOADING, {**self.weights, "UNet": self._whole_unet}, self._own)
         activations = {"activations": self._encoding()}
         yield _phase("encoding pictures", self.weights, self._own, activations)
         if setting.samples and setting.sample_px:
@@ -120,7 +121,7 @@ class Prediction:
         working = max(working, self.gradients - there)
         staying = {name: size for name, size in self.weights.items() if self._stays(name)}
         learning = {"gradients": there, "optimizer states": self.states, "activations": working}
-        return _phase("training", staying, self._own, learning)
+        return _phase(TRAINING, staying, self._own, learning)
 
     def _stays(self, part: str) -> bool:
         """Whether a part of the base is on the device while it trains."""

@@ -132,7 +132,7 @@ def lines(plan: "Plan") -> list[str]:
         + (f"; encoded pictures {shown_size(plan.encoded_bytes)}" if plan.encoded_bytes else ""),
         "",
         "what fits a graphics card",
-        *(f"  {one.gb:3d} GB  {_fit(one)}" for one in plan.cards),
+        *(f"  {one.gb:3g} GB  {_fit(one)}" for one in plan.cards),
         "",
         *(f"- {sentence}" for sentence in (*plan.notices, *ASSUMED)),
     ]
@@ -162,7 +162,7 @@ def _fit(card: "Card") -> str:
     size = shown_size(card.highest)
     what = " + ".join(card.changes) or "as set"
     if not card.fits:
-        return f"no: {size} {card.phase}, with {what}" if card.changes else f"no: {size}"
+        return f"no: {size} {card.phase}" + (f", with {what}" if card.changes else "")
     flags = " ".join(f"--{name} {value}".rstrip() for name, value in card.flags.items())
     return f"{size}  {what}" + (f":  {flags}" if flags else "")
 
