@@ -237,7 +237,8 @@ class BaseModel:
         moments = self._through_vae(lambda x: self.vae.encode(x).latent_dist.parameters, pixels)
         posterior = DiagonalGaussianDistribution(moments)
         mean = (posterior.mean - (config.shift_factor or 0.0)) * config.scaling_factor
-        return mean.cpu(), (posterior.std * config.scaling_factor).cpu()
+        deviation = posterior.std * config.scaling_factor
+        return mean.cpu().contiguous(), deviation.cpu().contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
