@@ -1,5 +1,7 @@
 """Noise, target and error against their formulas."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import PICTURE_PX
@@ -15,6 +17,7 @@ from lora_sd.data.views import make_views
 from lora_sd.errors import ConfigError
 from lora_sd.objective import Objective, prediction_target, squared_error
 from lora_sd.objective.distance import (
+    absolute_error,
     huber_c_of_timesteps,
     pseudo_huber_error,
     smooth_l1_error,
@@ -87,12 +90,16 @@ def test_weights_of_timesteps_multiply_any_distance_masked_or_not(parts, kind, e
     latents, noise, timesteps = parts
     schedule = DDPMScheduler(prediction_type=kind)
     mask = torch.rand(3, 1, 8, 8)
+    measure = {"l2": squared_error, "l1": absolute_error}.get(error)
+    if measure is None:
+        c = huber_c_of_timesteps(schedule, 0.1, "snr")[timesteps]
+        measure = partial(pseudo_huber_error if error == "huber" else smooth_l1_error, c=c)
+    objective = Objective(schedule, error=error, weighting=weighting)
+    weights = weights_of_timesteps(schedule, weighting, 5.0)
     for options in ({}, {"mask": mask}):
-        unweighted = Objective(schedule, error=error).errors(latents, noise, timesteps, **options)
-        weighted = Objective(schedule, error=error, weighting=weighting)
-        found = weighted.errors(latents, noise, timesteps, **options)
-        weights = weights_of_timesteps(schedule, weighting, 5.0)
-        expected = unweighted if weights is None else unweighted * weights[timesteps]
+        expected = measure(latents, noise, **options)
+        expected = expected if weights is None else expected * weights[timesteps]
+        found = objective.errors(latents, noise, timesteps, **options)
         torch.testing.assert_close(found, expected)
         assert found.shape == (3,) and (found > 0).all()
 

@@ -45,6 +45,7 @@ def test_uniform_is_uniform():
 def test_a_range_includes_both_its_ends_and_nothing_else(options):
     found = drawn(min_timestep=3, max_timestep=6, **options)
     assert found.unique().tolist() == [3, 4, 5, 6]
+    assert drawn(20, max_timestep=0, **options).unique().tolist() == [0]
     assert drawn(20, min_timestep=7, max_timestep=7, **options).unique().tolist() == [7]
     assert drawn(total=4, **options).unique().tolist() == [0, 1, 2, 3]
 
