@@ -238,6 +238,53 @@ def test_an_encoder_with_an_adapter_is_not_released(base):
     base.release("vae")
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_file_that_was_replaced_meanwhile_is_not_read_without_a_word(folder, part):
+    base = load(folder)
+    before = {name: tensor.clone() for name, tensor in states(base).items()}
+    base.release("vae", "text_encoder")
+    file = weights_of(folder, part)
+    tensors = load_file(file)
+    shutil.copy(file, folder / "same")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, {"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(BaseModelError, match="has changed on disk since it was loaded"):
+            base.restore()
+    file.unlink()
+    with pytest.raises(BaseModelError, match="cannot be read again: No such file"):
+        base.restore()
+    (folder / "same").rename(file)  # another time, the same weights
+    base.restore()
+    after = states(base)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("way", ["cpu", "keep"])
+def test_idle_parts_may_stay_in_memory(base, way):
+    """On the CPU, 'cpu' keeps them where they are."""
+    base.idle.way = way
+    parts = base.vae, base.text_encoder
+    own = [weight.data_ptr() for part in parts for weight in part.parameters()]
+    base.release("vae", "text_encoder")
+    assert own == [weight.data_ptr() for part in parts for weight in part.parameters()]
+    base.encode_text(["a"])
+    inject.attach(base.components, choose(base.components))
+    base.release("text_encoder")  # what is adapted may wait as well
+
+
+def test_parts_that_wait_on_the_cpu_go_back_where_they_compute(base):
+    moved = []
+    base.idle.way = "cpu"
+    base.vae.to = lambda device: moved.append(str(device))
+    base.release("vae")
+    base.encode_text(["a"])
+    assert moved == ["cpu"]
+    base.idle._device = torch.device("meta")
+    base.restore()
+    base.restore()
+    assert moved == ["cpu", "meta"]
+
+
 def test_pictures_are_encoded_as_the_vae_has_them(base):
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     mean, deviation = base.encode_picture(pixels)

@@ -26,8 +26,9 @@ def check(
     *,
     base_weights: str = "full",
     adapter_dtype: str = "float32",
-    dora: str = "off",
     compile: bool = False,
+    dora: str = "off",
+    module_dropout: float = 0.0,
 ) -> None:
     """Find what these settings cannot do together, or not on this machine.
 
@@ -76,6 +77,11 @@ def check(
             problems.append(
                 "'memory.compile' cannot compile base_weights fp8 for this GPU, which has no such "
                 "numbers: use int8, or leave compile off."
+            )
+        if module_dropout:
+            problems.append(
+                "'memory.compile' cannot compile 'adapter.module_dropout', which decides at each "
+                "layer whether it takes part: use dropout or rank_dropout, or leave compile off."
             )
     if problems:
         raise ConfigError(problems)

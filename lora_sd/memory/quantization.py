@@ -9,7 +9,6 @@ torchao makes the numbers. Its own layers would leave the whole weight in memory
 the backward pass; here it is unpacked for the forward pass, forgotten, and unpacked once more.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -149,15 +148,9 @@ _KEPT = {
 
 
 def torchao_quantization() -> Any:
-    """torchao's module of that name, without what it says while it is imported: of kernels for
-    other machines that it does not find, none of which is used here."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        import torchao.quantization
-        from torchao.quantization.granularity import PerRow  # noqa: F401
-    finally:
-        logging.disable(disabled)
+    """torchao's module of that name; slow to import, and only wanted here."""
+    import torchao.quantization
+
     return torchao.quantization
 
 
