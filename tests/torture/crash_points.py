@@ -10,6 +10,7 @@ be what was there before, or the new one, whole.
 
 import argparse
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -205,7 +206,7 @@ class Found:
             [
                 f"operations on the disk: {counts}",
                 f"{self.cases} cases, {len(self.problems)} problems",
-                *self.problems[:30],
+                *self.problems[:60],
             ]
         )
 
@@ -314,17 +315,25 @@ def _fail(
 
 def _lose_power(folder: Path, original: RunFolder, name: str, found: Found) -> None:
     """After every operation: what a disk holds that has forgotten all that was not forced on it."""
-    run = _copy(folder, original)
-    power = PowerLoss(run.path.parent)
-    with DiskOperations(run.path.parent, power.on_operation).watched():
-        WRITES[name].do(run)
-    for number, images in enumerate(power.images, start=1):
+    run, seen = _copy(folder, original), folder / "images"
+
+    def work() -> int:  # in a process that is no more afterwards, as its names say who wrote
+        power = PowerLoss(run.path.parent)
+        with DiskOperations(run.path.parent, power.on_operation).watched():
+            WRITES[name].do(run)
+        seen.write_bytes(pickle.dumps(power.images))
+        return 0
+
+    status = ended(forked(work, folder / "log"))
+    assert status == 0, tail(folder / "log")
+    every = pickle.loads(seen.read_bytes())
+    for number, images in enumerate(every, start=1):
         for kind, image in images.items():
             place = folder / "case"
             shutil.rmtree(place, ignore_errors=True)
-            power.write(image, place / "outputs")
+            PowerLoss.write(image, place / "outputs")
             found.cases += 1
-            succeeded = number == len(power.images)
+            succeeded = number == len(every)
             problem = WRITES[name].judge(RunFolder(place / "outputs" / run.name), succeeded)
             if problem:
                 found.problems.append(

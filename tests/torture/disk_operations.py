@@ -157,10 +157,11 @@ def die_at(number: int, when: str) -> Callable[[int, str, str, Callable[[], Any]
             _write_half(call)
         if count == number and when != "after":
             os._exit(DIED)
-        found = call()
-        if count == number:
-            os._exit(DIED)
-        return found
+        try:
+            return call()
+        finally:
+            if count == number:
+                os._exit(DIED)
 
     return on_operation
 
