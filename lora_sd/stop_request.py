@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -34,7 +35,8 @@ PASSED_ON_S = 2.0
 """So soon after a signal another one is the same, which `torchrun` has passed on: in a terminal
 Ctrl-C goes to the launcher and to the trainer."""
 OLDER_S = 2.0  # a stop file that is so much older than the request's beginning is another's
-LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")  # programs, by the file's name
+LAUNCHER_MODULES = ("accelerate.commands.", "torch.distributed.")
 
 
 class StopRequest:
@@ -67,13 +69,8 @@ class StopRequest:
                 process was meant for another, and is removed.
         """
         self._is_watching = True
-        if not is_main:
-            return
-        self._run = run
-        with contextlib.suppress(OSError):
-            if run.stop_file.stat().st_mtime < self._began - OLDER_S:
-                run.stop_file.unlink()
-                log.warning("Note: '%s' was left from before, and is removed.", run.stop_file)
+        if is_main:
+            self._run = run
 
     @property
     def requested(self) -> bool:
@@ -86,18 +83,24 @@ class StopRequest:
         return self._requested
 
     def _look_at_file(self, run: RunFolder) -> None:
-        if not run.stop_file.exists():
+        try:
+            made = run.stop_file.stat().st_mtime
+        except OSError:
             return
-        self._requested = True
-        log.info("Stopping, as '%s' asks for: saving first.", run.stop_file)
-        with contextlib.suppress(OSError):  # then it is removed at the next start
+        if made < self._began - OLDER_S:
+            log.warning("Note: '%s' was left from before, and is removed.", run.stop_file)
+        else:
+            self._requested = True
+            log.info("Stopping, as '%s' asks for: saving first.", run.stop_file)
+        with contextlib.suppress(OSError):  # then it is looked at again
             run.stop_file.unlink()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self._requested and self._is_elastic and now - self._signalled < PASSED_ON_S:
+        if self._is_elastic and self._signalled and now - self._signalled < PASSED_ON_S:
             return
         if not self._is_watching:
+            self._requested = True  # so it stops, if later, where a library swallows the exception
             raise KeyboardInterrupt
         if self._requested and self._signalled:
             signal.signal(number, signal.SIG_DFL)
@@ -125,6 +128,8 @@ def _launcher() -> psutil.Process | None:
         return None
     try:
         parent = psutil.Process(os.getppid())
-        return parent if any(name in " ".join(parent.cmdline()) for name in LAUNCHERS) else None
+        words = parent.cmdline()[:6]  # python, its options, and what it runs
     except psutil.Error:
         return None
+    launches = any(Path(one).stem in LAUNCHERS or one.startswith(LAUNCHER_MODULES) for one in words)
+    return parent if launches else None
