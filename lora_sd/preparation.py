@@ -190,6 +190,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: StopRequest, is_new:
             adapter_dtype=config.memory.adapter_dtype,
             dora=config.adapter.dora,
             compile=config.memory.compile,
+            module_dropout=config.adapter.module_dropout,
         )
     problems.tell()
     assert pictures is not None

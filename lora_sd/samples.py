@@ -28,7 +28,7 @@ from lora_sd.generate import (
     save_picture,
     write_png,
 )
-from lora_sd.merge import MergedWeights
+from lora_sd.merge import weights_with_adapters
 from lora_sd.run_folder import RunFolder
 from lora_sd.sample_prompts import SamplePrompts
 from lora_sd.sample_sheet import draw_sheet, picture_or_reason
@@ -103,7 +103,7 @@ class Samples:
             adapter = load_adapter(
                 self._run.adapter_file, layer_names.layer_shapes(self._base.components)
             )
-            merged = MergedWeights(self._base.components)
+            merged = weights_with_adapters(self._base.components)
             rows: dict[int, list[Image.Image]] = {}
             for numbers in _alike(settings):
                 some = [settings[number] for number in numbers]
