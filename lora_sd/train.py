@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lora_sd import adapter_metadata, checkpoint, inject, run_data
+from lora_sd import adapter_metadata, checkpoint, inject, out_of_memory, run_data
 from lora_sd.bad_numbers import FoundBadNumbers, NumbersGuard
 from lora_sd.config import Config
 from lora_sd.errors import EXIT_RESUMABLE
@@ -57,12 +57,18 @@ def train(
     stop = stop or StopRequest()
     accelerator = make_accelerator(config)
     device, is_main = accelerator.device, accelerator.is_main_process
-    ready = prepare(config, accelerator, stop, resumed is None)
+
+    def advise() -> list[str]:
+        """What to do where memory runs out."""
+        return out_of_memory.advice(config, device)
+
+    with out_of_memory.told(advise):
+        ready = prepare(config, accelerator, stop, resumed is None)
     base, learner = ready.base, ready.learner
     run = resumed or _new_run(config, default_name, accelerator)
     stop.watch(run, is_main)
 
-    with RunRecord(run, options.steps, is_main) as record:
+    with RunRecord(run, options.steps, is_main) as record, out_of_memory.told(advise):
 
         def beat(*_: int) -> bool:
             """For long work: a sign of life, and whether to stop."""
@@ -177,12 +183,17 @@ def train(
         if step == 0 and options.on_bad_numbers != "stop" and not stopping:
             save()  # to have something to go back to
 
+        steps_down = config.memory.on_out_of_memory == "step_down"
+        stepper = out_of_memory.SteppingDown(
+            worker, learner.parameters, steps_down=steps_down, save=save, advise=advise
+        )
+
         # --- the loop ---
         started = time.monotonic()
         record.training_from(step)
         while step < options.steps and not validation.is_over and not is_to_stop():
             try:
-                loss, bad_pictures = worker.gradients(step)
+                loss, bad_pictures = stepper.gradients(step)
                 grad_norm = learner.clip()
                 guard.check(worker, step, loss, grad_norm, bad_pictures)
                 rates = learner.rates()
