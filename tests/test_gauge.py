@@ -107,10 +107,12 @@ def test_nothing_is_changed_by_measuring(unet):
 
 
 def scaled_to(layers, share):
-    """Make the linear layers' update that share of their weights."""
-    found = Gauge(layers, 10, 0).measure(0)
+    """Make the update that share of the weights, in the kind where it is largest."""
+    with heard():
+        found = Gauge(layers, 10, 0).measure(0)
+    largest = max(found["update_linear"], found["update_conv"])
     for layer in layers.values():
-        layer.lora_up.weight.data *= share / found["update_linear"]
+        layer.lora_up.weight.data *= share / largest
 
 
 def test_a_nil_effect_is_said_once_after_the_warmup(unet):
@@ -149,6 +151,16 @@ def test_an_exploding_effect_is_said_once_with_its_block(unet, share):
     assert len(lines) == 1 and "overwhelms the base at step 3" in lines[0]
     assert "Lower optimizer.learning_rate" in lines[0]
     assert all(math.isfinite(v) for v in found["update_blocks"].values())
+
+
+def test_growth_by_leaps_is_said_once(unet):
+    layers = layers_of(unet)
+    one = Gauge(layers, 1000, 0)
+    with heard() as lines:
+        for step, share in ((100, 0.002), (200, 0.04), (300, 0.25), (400, 0.95), (500, 0.96)):
+            scaled_to(layers, share)
+            one.measure(step)
+    assert len(lines) == 1 and "was 0.25 of the weights it adapts at step 300" in lines[0]
 
 
 def test_what_learns_well_is_not_commented_on(unet):
