@@ -49,6 +49,7 @@ def measure(
     *,
     options: Sequence[str] = (),
     memory_options: dict[str, Any] | None = None,
+    timed_steps: int = TIMED_STEPS,
 ) -> Measured:
     """Train for a few steps on noise of the pictures' size, and forget what was learnt.
 
@@ -56,6 +57,8 @@ def measure(
         base: freshly loaded; adapters are attached to it, and stay.
         options: of the optimizer.
         memory_options: as `memory.apply` takes them.
+        timed_steps: how many steps more are timed, unless they are long; 0: that whose memory is
+            measured.
 
     Raises:
         OutOfMemoryError, RuntimeError: there is not enough memory.
@@ -73,11 +76,12 @@ def measure(
     plain = make_optimizer(setting.optimizer, [group], options, device)
     optimizer = accelerator.prepare_optimizer(plain)
     encoders = [name for name in base.components if name != "unet"]
+    noise: Any = _Noise(base, setting, passes)
     base.release("vae", *(encoders if setting.text == "cached" else []))
     worker = TrainStep(
         base=base,
         objective=Objective(base.noise_schedule()),
-        data=_Noise(base, setting, passes),  # type: ignore[arg-type]
+        data=noise,
         accelerator=accelerator,
         unet=base.unet,
         encoders=base.text_encoders,
@@ -99,18 +103,23 @@ def measure(
     step()  # makes the optimizer's states
     states = [one for state in plain.state.values() for one in state.values()]
     loaded = sum(_sizes([*_tensors_of(base), *_flat(states)], device))
+    started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         highest = torch.cuda.max_memory_allocated() - before + own
     else:
         highest = loaded + peak_on_cpu(step)
-    times: list[float] = []
-    while len(times) < TIMED_STEPS and sum(times) < LONG_STEP_S:
-        started = time.perf_counter()
-        step()
-        times.append((time.perf_counter() - started) / passes)
-    return Measured(device.type, highest, loaded, statistics.median(times))
+    times = [time.perf_counter() - started]
+    if timed_steps and times[0] < LONG_STEP_S:
+        times = [_seconds(step) for _ in range(timed_steps)]
+    return Measured(device.type, highest, loaded, statistics.median(times) / passes)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def peak_on_cpu(work: Callable[[], object]) -> int:
