@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.optim import Optimizer
 
 from lora_sd.optimizers.resumable import averages_itself
 
@@ -36,7 +35,7 @@ def make_ema(parameters: Sequence[nn.Parameter], decay: float) -> WeightAverage 
 
 
 @contextmanager
-def averaged(optimizer: Optimizer, ema: EMAModel | None = None) -> Iterator[None]:
+def averaged(optimizer: Any, ema: EMAModel | None = None) -> Iterator[None]:
     """Inside, the weights that are to be used are in place: the average's, where there is one,
     which is `ema`'s or a schedule-free optimizer's own. After it the weights that learn are back,
     bit for bit.
@@ -45,26 +44,25 @@ def averaged(optimizer: Optimizer, ema: EMAModel | None = None) -> Iterator[None
     weights that learn, and the average in the states of `optimizer` and `ema`.
 
     Args:
-        optimizer: accelerate's wrapper, or the optimizer itself.
+        optimizer: the optimizer, or accelerate's wrapper of it.
         ema: of the optimizer's parameters in the order of its groups.
     """
-    plain: Any = getattr(optimizer, "optimizer", optimizer)
-    if ema is None and not averages_itself(plain):
+    if ema is None and not averages_itself(optimizer):
         yield
         return
-    parameters = [one for group in plain.param_groups for one in group["params"]]
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
     learning = [one.detach().clone() for one in parameters]
-    modes = [group.get("train_mode") for group in plain.param_groups]
+    modes = [group.get("train_mode") for group in optimizer.param_groups]
     try:
         if ema is not None:
             ema.copy_to(parameters)
         else:
-            plain.eval()
+            optimizer.eval()
         yield
     finally:
         # Not the optimizer's own way back, which rounds.
         with torch.no_grad():
             torch._foreach_copy_(parameters, learning)
-        for group, mode in zip(plain.param_groups, modes, strict=True):
+        for group, mode in zip(optimizer.param_groups, modes, strict=True):
             if mode is not None:
                 group["train_mode"] = mode
