@@ -28,6 +28,7 @@ from lora_sd.formats import save_adapter
 from lora_sd.layer_names import layer_shapes
 from lora_sd.run_folder import RunFolder, create_run
 from tests.conftest import choose, make_unet
+from tests.torture.broken_savers import BROKEN
 from tests.torture.disk_operations import DIED, FAULTS, DiskOperations, die_at, fail_at
 from tests.torture.power_loss import PowerLoss
 from tests.torture.tiny_run import digest_of, ended, forked, newest_whole_step, tail
@@ -250,6 +251,14 @@ def crash_points(
     return found
 
 
+def _judged(write: Write, run: RunFolder, succeeded: bool) -> str:
+    """What is wrong in a folder; also when it cannot even be looked at."""
+    try:
+        return write.judge(run, succeeded)
+    except Exception as error:
+        return f"what is left cannot be used: {type(error).__name__}: {error}"
+
+
 def _copy(folder: Path, original: RunFolder) -> RunFolder:
     """The prepared run anew."""
     place = folder / "case"
@@ -278,7 +287,7 @@ def _die(
 
     status = ended(forked(work, log))
     found.cases += 1
-    problem = WRITES[name].judge(run, False)
+    problem = _judged(WRITES[name], run, False)
     if status != DIED:
         problem = f"it ended with {status}: {tail(log)}"
     if problem:
@@ -308,7 +317,7 @@ def _fail(
     except Exception as raised:
         problem = f"it is no sentence, but {type(raised).__name__}: {raised}"
     found.cases += 1
-    problem = WRITES[name].judge(run, succeeded) or problem
+    problem = _judged(WRITES[name], run, succeeded) or problem
     if problem:
         found.problems.append(f"{name}, {said} at operation {number}: {problem}")
 
@@ -334,7 +343,7 @@ def _lose_power(folder: Path, original: RunFolder, name: str, found: Found) -> N
             PowerLoss.write(image, place / "outputs")
             found.cases += 1
             succeeded = number == len(every)
-            problem = WRITES[name].judge(RunFolder(place / "outputs" / run.name), succeeded)
+            problem = _judged(WRITES[name], RunFolder(place / "outputs" / run.name), succeeded)
             if problem:
                 found.problems.append(
                     f"{name}, no power after operation {number} ({kind}): {problem}"
@@ -348,10 +357,16 @@ def memory_disk() -> str | None:
 
 def main() -> int:
     """All crash points as a program."""
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="deaths in the save of a checkpoint")
+    parser.add_argument("--broken", choices=list(BROKEN), help="with a saver that is not ours")
+    chosen = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=memory_disk()) as folder:
-        found = crash_points(Path(folder))
+        names = ("checkpoint",) if chosen.quick else tuple(WRITES)
+        if chosen.broken:
+            BROKEN[chosen.broken]()
+        found = crash_points(Path(folder), names, faults=not chosen.quick)
     print(found.told())
     print(f"{time.monotonic() - started:.0f} s")
     return bool(found.problems)

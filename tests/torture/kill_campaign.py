@@ -27,6 +27,7 @@ from typing import Any
 
 from lora_sd import checkpoint
 from lora_sd import train as trainer
+from tests.torture.broken_savers import BROKEN
 from tests.torture.tiny_run import (
     SAVE_EVERY,
     VARIANTS,
@@ -185,7 +186,7 @@ def campaign(
         shutil.rmtree(folder / f"killed-{number - 1}", ignore_errors=True)
         tell(f"{found.kills} kills, {found.finished} finished, {len(found.problems)} problems")
     found.seconds = time.monotonic() - started
-    if break_it is None and found.share_in_saves < LEAST_HITS:
+    if found.share_in_saves < LEAST_HITS:
         found.problems.append(f"only {found.share_in_saves:.0%} of the kills fell into a save")
     return found
 
@@ -293,6 +294,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--broken", choices=list(BROKEN), help="with a saver that is not ours")
     chosen = parser.parse_args()
     print(f"seed {chosen.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -301,6 +303,7 @@ def main() -> int:
             chosen.kills,
             chosen.seed,
             tuple(chosen.variants),
+            BROKEN.get(chosen.broken),
             tell=lambda line: print(line, file=sys.stderr, flush=True),
         )
     print(found.told())

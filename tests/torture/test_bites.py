@@ -1,0 +1,49 @@
+"""The campaigns notice savers that lose runs; `make torture`."""
+
+import pytest
+
+from tests.torture.programs import ran
+
+pytestmark = [pytest.mark.torture, pytest.mark.slow]
+
+
+def test_kills_find_a_saver_that_writes_in_place():
+    done = ran(
+        "kill_campaign",
+        "--kills",
+        "25",
+        "--seed",
+        "1",
+        "--variants",
+        "dropout",
+        "--broken",
+        "in-place",
+    )
+    assert done.returncode == 1
+    assert " 0 failed resumes" not in done.stdout and "failed resumes" in done.stdout
+
+
+def test_kills_find_a_saver_that_removes_the_old_ones_first():
+    done = ran(
+        "kill_campaign",
+        "--kills",
+        "15",
+        "--seed",
+        "1",
+        "--variants",
+        "dropout",
+        "--broken",
+        "pruning-first",
+    )
+    assert done.returncode == 1
+    assert "the newest whole checkpoint went from" in done.stdout
+
+
+def test_what_was_not_seeded_is_not_equal():
+    done = ran("bit_equality", "--most", "1", "--without-seeds")
+    assert done.returncode == 1 and "differs: " in done.stdout
+
+
+def test_a_few_kills_of_ours_find_nothing():
+    done = ran("kill_campaign", "--kills", "20", "--seed", "2")
+    assert done.returncode == 0, done.stdout
