@@ -50,7 +50,7 @@ def test_yaml_out_reads_back_the_same():
         (["--output.name", "con"], "device name"),
         (["--config", "nowhere.yaml"], "There is no config file 'nowhere.yaml'"),
         (["--config", "a.yaml", "--like", "b.safetensors"], "one of --config, --like and --resume"),
-        (["--resume", "outputs/a", "--train.steps", "3"], "the run's own settings"),
+        (["--allow-change", "data"], "give --resume, too"),
         (
             ["--adapter.dora", "input", "--adapter.up_bias"],
             "'adapter': dora has no bias of its own: turn dora or up_bias off",

@@ -316,18 +316,39 @@ ACCELERATE = [
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
-def assert_ended_and_saved(run: RunFolder, trainers: list[psutil.Process], output: str) -> None:
-    _, alive = psutil.wait_procs(trainers, timeout=5)
-    for one in alive:
-        one.kill()
-    assert alive == [], output[-3000:]
+def works(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def assert_ended(trainers: list[psutil.Process]) -> None:
+    """Taking Python and its libraries down alone takes seconds on a busy machine."""
+    try:
+        wait_for(lambda: not any(map(works, trainers)))
+    finally:
+        for one in filter(works, trainers):
+            one.kill()
+
+
+def assert_ended_and_saved(run: RunFolder, trainers: list[psutil.Process]) -> None:
+    until = time.monotonic() + 5
+    while run.read_status().state != "stopped" and time.monotonic() < until:
+        time.sleep(0.01)
     status = run.read_status()
-    assert status.state == "stopped" and run.checkpoint(status.step).is_dir(), output[-3000:]
+    assert_ended(trainers)
+    assert status.state == "stopped" and run.checkpoint(status.step).is_dir()
     found, rejected = checkpoint.find_newest(run)
     assert found.step == status.step and rejected == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def slow(number: int) -> object:
+    """Ten seconds or more each."""
+    return pytest.param(number, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM), slow(signal.SIGINT)])
 def test_a_signal_to_the_launcher_alone_leaves_no_orphan_g4(
     run_settings: Settings, tmp_path: Path, number: int
 ) -> None:
@@ -337,11 +358,11 @@ def test_a_signal_to_the_launcher_alone_leaves_no_orphan_g4(
     trainers = psutil.Process(launcher.pid).children(recursive=True)
     assert len(trainers) == 1
     launcher.send_signal(number)
-    assert_ended_and_saved(run, trainers, (tmp_path / "output").read_text())
-    launcher.wait(10)
+    assert_ended_and_saved(run, trainers)
+    launcher.wait(SECONDS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGTERM)])
 def test_a_signal_to_two_processes_and_their_launcher_g3(
     run_settings: Settings, tmp_path: Path, number: int
 ) -> None:
@@ -352,9 +373,9 @@ def test_a_signal_to_two_processes_and_their_launcher_g3(
     trainers = psutil.Process(launcher.pid).children(recursive=True)
     assert len(trainers) == 2
     os.killpg(launcher.pid, number)
+    assert_ended_and_saved(run, trainers)
     launcher.wait(SECONDS)
     output = (tmp_path / "output").read_text()
-    assert_ended_and_saved(run, trainers, output)
     assert "train_sd_lora.py" not in "".join(
         line for line in output.splitlines(True) if line.lstrip().startswith('File "')
     )
@@ -369,10 +390,8 @@ def test_a_launcher_that_ends_while_libraries_are_imported_g4(
     wait_for(lambda: trainers[0].num_threads() > 1)  # it watches
     launcher.kill()
     launcher.wait()
-    _, alive = psutil.wait_procs(trainers, timeout=5)
-    for one in alive:
-        one.kill()
-    assert alive == [] and not folder_of(run_settings).path.exists()
+    assert_ended(trainers)
+    assert not folder_of(run_settings).path.exists()
 
 
 def test_what_is_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

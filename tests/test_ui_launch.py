@@ -43,6 +43,18 @@ def test_stop_saves_resume_goes_on_and_nothing_is_left_behind(trainer: Trainer) 
     wait_for(lambda: state(trainer) == "Stopped" and trainers_of(trainer) == [])
 
 
+def test_where_there_are_no_signals_a_file_stops_it(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "HAS_SIGNALS", False)
+    monkeypatch.setattr(launch, "_signal_group", None)
+    trainer.start(config(trainer.outputs))
+    wait_for(lambda: state(trainer) == "Training")
+    trainer.stop("run")
+    wait_for(lambda: state(trainer) == "Stopped" and trainers_of(trainer) == [])
+    assert not RunFolder(trainer.outputs / "run").stop_file.exists()
+
+
 def test_a_second_start_is_refused_by_this_app_and_by_another(trainer: Trainer) -> None:
     trainer.start(config(trainer.outputs))
     for each in (trainer, Trainer(trainer.outputs, ["false"])):

@@ -29,6 +29,7 @@ COMMAND = (
 )
 DATASETS = "datasets"  # the folder of data sets beside the runs
 KILL_AFTER_S = 60.0
+HAS_SIGNALS = os.name != "nt"  # Ctrl-Break reaches only the group that this app has started
 MOST_CONSOLE = 64 * 1024  # bytes of console output that are read
 
 
@@ -219,10 +220,14 @@ class Trainer:
         try:
             trainers = process.children() if grouped else [process]
             members = [*trainers, process]
-            if trainers and os.name != "nt":
+            run = RunFolder(self.outputs / name)
+            if trainers and HAS_SIGNALS:
                 for trainer in trainers:
                     with contextlib.suppress(psutil.Error):
                         trainer.terminate()
+            elif not HAS_SIGNALS and run.config_file.is_file():
+                with contextlib.suppress(OSError):  # a full disk: it is killed after a minute
+                    run.stop_file.touch()
             else:
                 _signal_group(process.pid, getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
             until = time.monotonic() + KILL_AFTER_S
