@@ -170,3 +170,11 @@ def test_masks_and_the_weight_of_class_pictures_go_with_any_weighting(base, tmp_
     assert timestep_weights.min() < 0.9
     torch.testing.assert_close(found, errors * timestep_weights)
     torch.testing.assert_close(losses[1], (errors * timestep_weights * batch.weights).sum())
+
+
+@pytest.mark.parametrize("error", ["l2", "huber"])
+def test_errors_are_computed_where_the_tensors_are(parts, error):
+    objective = Objective(DDPMScheduler(), error=error, weighting="min_snr")
+    elsewhere = [tensor.to("meta") for tensor in parts]  # stands for a GPU
+    assert objective.errors(*elsewhere).device.type == "meta"
+    assert objective.errors(*parts).isfinite().all()
