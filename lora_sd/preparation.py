@@ -15,6 +15,7 @@ from accelerate.utils import (
 )
 
 from lora_sd import (
+    adapter_metadata,
     clients,
     inject,
     layer_choice,
@@ -42,7 +43,8 @@ from lora_sd.sample_prompts import SamplePrompts
 from lora_sd.samples import shared_settings
 from lora_sd.stop_request import StopRequest
 from lora_sd.trackers import check_trackers
-from lora_sd.validation import check_validation
+from lora_sd.train_step import TrainStep
+from lora_sd.validation import BestFile, Validation, check_validation
 
 log = logging.getLogger("lora_sd")
 
@@ -239,6 +241,46 @@ def make_data(config: Config, ready: Prepared) -> TrainingData:
         step_pictures=ready.step_pictures,
         max_tokens=config.data.max_tokens,
         learns_text=ready.trains_text,
+    )
+
+
+def make_worker(
+    config: Config, ready: Prepared, data: TrainingData, accelerator: Accelerator
+) -> TrainStep:
+    """What works through a step."""
+    return TrainStep(
+        ready.base,
+        ready.objective,
+        data,
+        accelerator,
+        ready.base.unet,
+        ready.base.text_encoders,
+        config.train.batch_size,
+        config.data.max_tokens,
+        config.train.seed,
+        ready.drops,
+        ready.trains_text,
+    )
+
+
+def make_validation(
+    config: Config, ready: Prepared, data: TrainingData, accelerator: Accelerator, run: RunFolder
+) -> Validation:
+    """What measures on held-out pictures."""
+    best = BestFile(
+        run.best_file,
+        getattr(torch, config.output.dtype),
+        ready.file_format,
+        lambda: adapter_metadata.describe_run(config, ready.base, run.name),
+    )
+    return Validation(
+        ready.base,
+        data,
+        config.data.max_tokens,
+        accelerator,
+        batch_size=config.train.batch_size,
+        best=best if config.train.keep_best else None,
+        patience=config.train.patience,
     )
 
 

@@ -16,7 +16,13 @@ from lora_sd.bad_numbers import FoundBadNumbers, NumbersGuard
 from lora_sd.config import Config
 from lora_sd.errors import EXIT_RESUMABLE
 from lora_sd.gauge import Gauge
-from lora_sd.preparation import make_accelerator, make_data, prepare
+from lora_sd.preparation import (
+    make_accelerator,
+    make_data,
+    make_validation,
+    make_worker,
+    prepare,
+)
 from lora_sd.result import save_result
 from lora_sd.resume import is_finished, restore
 from lora_sd.run_folder import RunFolder, create_run
@@ -24,8 +30,6 @@ from lora_sd.run_record import RunRecord
 from lora_sd.samples import Samples
 from lora_sd.stop_request import StopRequest
 from lora_sd.trackers import Trackers
-from lora_sd.train_step import TrainStep
-from lora_sd.validation import BestFile, Validation
 
 log = logging.getLogger("lora_sd")
 
@@ -77,9 +81,7 @@ def train(
 
         def is_to_stop() -> bool:
             """Whether any of the processes was asked to: all leave the loop at the same step."""
-            if accelerator.num_processes == 1:
-                return stop.requested
-            return float(accelerator.reduce(torch.tensor(float(stop.requested)).to(device))) > 0
+            return _in_any(accelerator, stop.requested)
 
         # --- class pictures that the base has yet to draw, where a folder wants some ---
         if run_data.wants_class_pictures(config):
@@ -93,25 +95,10 @@ def train(
 
         # --- what goes through the steps, and what of it has a state ---
         data = make_data(config, ready)
-        worker = TrainStep(
-            base, ready.objective, data, accelerator, base.unet, base.text_encoders,
-            options.batch_size, config.data.max_tokens, options.seed, ready.drops,
-            ready.trains_text,
-        )  # fmt: skip
-        validation = Validation(
-            base, data, config.data.max_tokens, accelerator,
-            batch_size=options.batch_size, patience=options.patience,
-            best=BestFile(
-                run.best_file, getattr(torch, config.output.dtype), ready.file_format,
-                lambda: adapter_metadata.describe_run(config, base, run.name),
-            ) if options.keep_best else None,
-        )  # fmt: skip
-        guard = NumbersGuard(
-            learner.parameters,
-            accelerator,
-            learner.schedule,
-            halves=options.on_bad_numbers != "stop",
-        )
+        worker = make_worker(config, ready, data, accelerator)
+        validation = make_validation(config, ready, data, accelerator, run)
+        halves = options.on_bad_numbers == "halve_learning_rate"
+        guard = NumbersGuard(learner.parameters, accelerator, learner.schedule, halves)
         gauge = Gauge(ready.layers, options.steps, config.optimizer.warmup_steps)
         stateful = {**learner.stateful, "validation": validation, "numbers": guard}
         samples = Samples(base, run, ready.prompts, accelerator)
@@ -180,7 +167,7 @@ def train(
         if data.held_out and not stopping:
             validation.measure_base()
 
-        if step == 0 and options.on_bad_numbers != "stop" and not stopping:
+        if step == 0 and halves and not stopping:
             save()  # to have something to go back to
 
         steps_down = config.memory.on_out_of_memory == "step_down"
@@ -243,6 +230,13 @@ def train(
         log.info("Finished after %.0f s.", time.monotonic() - started)
         record.state("finished", verified, step)
         return 0
+
+
+def _in_any(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something is so in any of the processes."""
+    if accelerator.num_processes == 1:
+        return here
+    return float(accelerator.reduce(torch.tensor(float(here)).to(accelerator.device))) > 0
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -152,3 +152,26 @@ def test_a_folder_of_its_own_can_be_a_flag():
     config = config_from_values(line.over({}))
     assert config.data.folder is None and config.data.folders[0].repeats == 3
     assert config_from_values({}).data.folder == "assets/ink-icons"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optimizer: {name: prodigy}", "set it to 1"),
+        ("optimizer: {name: adamw_schedulefree}", "set it to constant"),
+        ("optimizer: {name: adamw_schedulefree, schedule: constant, max_weight_norm: 1}", "second"),
+        (
+            "{optimizer: {name: adamw_schedulefree, schedule: constant}, train: {ema_decay: 0.9}}",
+            "optimizer.name adamw_schedulefree averages by itself",
+        ),
+        (
+            "{adapter: {init: pissa}, optimizer: {max_weight_norm: 1}}",
+            "adapter.init pissa starts with",
+        ),
+        ("objective: {noise_offset: 0.1, multires_noise_iterations: 6}", "do the same"),
+        ("objective: {min_timestep: 5, max_timestep: 4}", "max_timestep is below"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config_from_values(yaml.safe_load(text))

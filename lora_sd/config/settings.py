@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,7 +16,13 @@ from lora_sd.config.base import BaseGroup
 from lora_sd.config.data import DataGroup, FolderGroup
 from lora_sd.config.group import Group
 from lora_sd.config.output import OutputGroup, SampleGroup
-from lora_sd.config.training import MemoryGroup, ObjectiveGroup, OptimizerGroup, TrainGroup
+from lora_sd.config.training import (
+    NEEDS_NO_SCHEDULE,
+    MemoryGroup,
+    ObjectiveGroup,
+    OptimizerGroup,
+    TrainGroup,
+)
 from lora_sd.errors import ConfigError, nearest
 
 
@@ -34,6 +40,19 @@ class Config(BaseSettings):
     memory: MemoryGroup = Field(MemoryGroup(), description="what fits a small card")
     sample: SampleGroup = Field(SampleGroup(), description="pictures drawn on the way")
     output: OutputGroup = Field(OutputGroup(), description="what is kept, and where")
+
+    @model_validator(mode="after")
+    def _groups_go_together(self) -> "Config":
+        if self.train.ema_decay and self.optimizer.name in NEEDS_NO_SCHEDULE:
+            raise ValueError(
+                f"optimizer.name {self.optimizer.name} averages by itself: set train.ema_decay to 0"
+            )
+        if self.optimizer.max_weight_norm and self.adapter.init == "pissa":
+            raise ValueError(
+                "adapter.init pissa starts with a part of the base in the factors, which "
+                "optimizer.max_weight_norm would scale away: turn one of them off"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -131,6 +150,8 @@ def _sentence(detail: ErrorDetails) -> str:
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"'{name}'{where} is {detail['input']!r}: write settings, as in {{folder: more/}}."
     message = detail["msg"].removeprefix("Value error, ")
+    if not name:  # groups that do not go together
+        return f"{message}."
     if isinstance(detail["input"], dict):  # settings that do not go together
         return f"'{name}'{where}: {message}."
     return f"'{name}'{where} is {detail['input']!r}: {message[:1].lower()}{message[1:]}."

@@ -89,9 +89,9 @@ class OptimizerGroup(Group):
     name: Literal[
         "adamw", "adamw_8bit", "lion", "adafactor", "prodigy", "came", "adamw_schedulefree"
     ] = "adamw"
-    """AdamW; AdamW with states of 8 bits; Lion (wants a third to a tenth of AdamW's learning rate);
-    Adafactor; Prodigy (finds the learning rate itself: set it to 1); CAME; AdamW without a
-    schedule."""
+    """AdamW; AdamW with states of 8 bits, for GPUs; Lion (wants a third to a tenth of AdamW's
+    learning rate); Adafactor; Prodigy (finds the learning rate itself: set it to 1); CAME (wants a
+    tenth of AdamW's); AdamW without a schedule."""
     options: list[str] = []
     """Further arguments of the optimizer, as NAME=VALUE: 'betas=0.9,0.99', 'd_coef=0.5'."""
     learning_rate: float = Field(1e-4, gt=0, le=10, allow_inf_nan=False)
@@ -104,7 +104,7 @@ class OptimizerGroup(Group):
     """The same for SDXL's second text encoder. Empty: as the first."""
     block_learning_rates: list[str] = []
     """Factors on the learning rate of some layers: PATTERN=FACTOR, such as 'block:mid=0.5' or
-    'attn1=0'; the last that fits counts, and 0 leaves a layer as it starts."""
+    '*attn1*=0'; the last that fits counts, and 0 leaves a layer as it starts."""
     lora_plus_ratio: float = Field(1.0, ge=1, le=100, allow_inf_nan=False)
     """lora_up learns so many times faster than lora_down (LoRA+); 16 is usual, 1: off."""
     weight_decay: float = Field(0.01, ge=0, le=10, allow_inf_nan=False)
@@ -139,6 +139,11 @@ class OptimizerGroup(Group):
             )
         if self.name in NEEDS_NO_SCHEDULE and self.schedule != "constant":
             raise ValueError(f"{self.name} is made to go without a schedule: set it to constant")
+        if self.name in NEEDS_NO_SCHEDULE and self.max_weight_norm:
+            raise ValueError(
+                f"{self.name} keeps a second set of weights, which max_weight_norm "
+                "would not scale: turn it off"
+            )
         return self
 
     def text_encoder_rates(self) -> dict[str, float]:
