@@ -47,3 +47,9 @@ def test_what_was_not_seeded_is_not_equal():
 def test_a_few_kills_of_ours_find_nothing():
     done = ran("kill_campaign", "--kills", "20", "--seed", "2")
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("broken", ["in-place", "no-fsync", "pruning-first"])
+def test_cutting_off_finds_what_is_wrong_with_other_savers(broken):
+    done = ran("crash_points", "--quick", "--broken", broken)
+    assert done.returncode == 1 and " 0 problems" not in done.stdout
