@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +10,19 @@ from accelerate import Accelerator
 from conftest import PICTURE_PX, choose, randomise
 from heard import heard
 from PIL import Image
+from safetensors.torch import load_file
+from test_train import resume, stop_at, train
 from test_training_data import data_of
 
 from lora_sd import inject, validation
+from lora_sd import train as trainer
+from lora_sd.config import config_from_values
 from lora_sd.data.folder_options import FolderOptions
-from lora_sd.errors import AdapterError, ConfigError
+from lora_sd.errors import EXIT_RESUMABLE, AdapterError, ConfigError, UserError
 from lora_sd.formats import load_adapter
 from lora_sd.formats.safetensors_file import read_header
 from lora_sd.layer_names import layer_shapes
+from lora_sd.run_folder import RunFolder
 from lora_sd.validation import BestFile, Paired, Validation, check_validation
 
 
@@ -215,3 +221,60 @@ def test_what_needs_pictures_is_refused_without_them():
         check_validation(False, True, 0)
     check_validation(True, True, 3)
     check_validation(False, False, 0)
+
+
+@pytest.fixture
+def validated(run_settings, tmp_path):
+    """Settings of a run that validates after every step and keeps the best."""
+    (tmp_path / "kept").mkdir()
+    for number in range(3):
+        picture = Image.new("RGB", (PICTURE_PX, PICTURE_PX), (number * 90, 20, 200))
+        picture.save(tmp_path / "kept" / f"{number}.png")
+    run_settings["data"]["folders"] = [
+        {"folder": str(tmp_path / "kept"), "kind": "validation", "caption": "a wall"}
+    ]
+    run_settings["train"] |= {"validate_every_steps": 1, "keep_best": True}
+    return run_settings
+
+
+def test_a_run_that_goes_on_validates_as_one_that_was_not_stopped(validated, monkeypatch):
+    straight = train(validated)
+    validated["output"]["name"] = "stopped"
+    stop_at(monkeypatch, 3)
+    assert trainer.train(config_from_values(validated), "run") == EXIT_RESUMABLE
+    monkeypatch.undo()
+    run = RunFolder(straight.path.with_name("stopped"))
+    assert resume(run) == 0
+    numbers = [
+        [{k: v for k, v in record.items() if k.startswith(("validation", "update"))} for record in
+         one.read_metrics()]
+        for one in (straight, run)
+    ]  # fmt: skip
+    assert numbers[0] == numbers[1] and all("validation_gain" in each for each in numbers[0])
+    best = [load_file(one.best_file) for one in (straight, run)]
+    assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
+
+
+def test_a_run_without_progress_ends_early_and_is_complete(validated, monkeypatch):
+    errors = [1.0]
+
+    def rising(self):
+        errors.append(errors[-1] + 1)
+        return torch.full((len(self._pictures), 4), errors[-2], dtype=torch.float64)
+
+    monkeypatch.setattr(Validation, "_errors", rising)
+    validated["train"] |= {"patience": 2, "steps": 20}
+    run = train(validated)
+    assert [record["step"] for record in run.read_metrics()] == [1, 2, 3]
+    assert run.read_status().state == "finished" and run.checkpoint(3).is_dir()
+    assert "the run ends early" in run.log_file.read_text()
+    assert read_header(run.best_file).metadata[validation.BEST_STEP] == "1"
+    before = run.adapter_file.stat().st_mtime_ns
+    assert resume(run) == 0 and run.adapter_file.stat().st_mtime_ns == before
+
+
+def test_keeping_the_best_of_nothing_is_refused_before_a_folder_is_made(run_settings):
+    run_settings["train"]["keep_best"] = True
+    with pytest.raises(UserError, match="kind: validation"):
+        train(run_settings)
+    assert not (Path(run_settings["output"]["folder"]) / "run").exists()
