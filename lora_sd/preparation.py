@@ -167,6 +167,10 @@ def prepare(config: Config, accelerator: Accelerator, stop: StopRequest, is_new:
                 views, too_small = make_views(pictures, base.size_step_px, bad)
                 if is_new or not base.prediction_type_is_known:
                     told = prediction_type.check(base, *run_data.probe(base, views, max_tokens))
+        with problems.gathered():
+            objective = Objective(base.noise_schedule(), **config.objective.model_dump())
+        with problems.gathered():
+            prompts = _sample_prompts(config, base)
         adapted = base.components if config.adapter.text_encoder else {"unet": base.unet}
         shapes = layer_names.layer_shapes(adapted)
         for name in unread_layers(shapes, base.clip_skip):
@@ -176,8 +180,6 @@ def prepare(config: Config, accelerator: Accelerator, stop: StopRequest, is_new:
         file_format, format_notices = fitting_format(planned, config.output.format)
         if config.output.format not in ("auto", file_format):
             raise ConfigError(f"'output.format': {' '.join(format_notices)}")
-        objective = Objective(base.noise_schedule(), **config.objective.model_dump())
-        prompts = _sample_prompts(config, base)
     with problems.gathered():
         if pictures is not None:
             kinds = {folder.kind for folder in run_data.folder_options(config)}

@@ -169,6 +169,8 @@ def test_a_folder_of_its_own_can_be_a_flag():
             "adapter.init pissa starts with",
         ),
         ("objective: {noise_offset: 0.1, multires_noise_iterations: 6}", "do the same"),
+        ("objective: {timesteps: biased}", "which wants one"),
+        ("objective: {logit_mean: 1}", "go with timesteps logit_normal"),
         ("objective: {min_timestep: 5, max_timestep: 4}", "max_timestep is below"),
     ],
 )

@@ -41,7 +41,8 @@ class TrainGroup(Group):
 class ObjectiveGroup(Group):
     weighting: Literal["none", "min_snr", "soft_min_snr", "debiased"] = "none"
     """How much each timestep's error counts: all alike; at most snr_gamma / SNR, which learns
-    faster (min-SNR); the same without its kink; or 1 / sqrt(SNR), for detail (debiased)."""
+    faster (min-SNR); the same without its kink; or 1 / sqrt(SNR), which raises the noisy ones, for
+    colours and composition (debiased)."""
     snr_gamma: float = Field(5.0, gt=0, le=100, allow_inf_nan=False)
     """The gamma of min_snr and soft_min_snr."""
     error: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
@@ -55,7 +56,7 @@ class ObjectiveGroup(Group):
     """Add so much noise that is one value for a whole channel, to learn very dark and very bright
     pictures; 0.05 is usual. Not with zero terminal SNR, which does the same better."""
     multires_noise_iterations: int = Field(0, ge=0, le=10)
-    """Add noise of so many coarser resolutions; 6 is usual, 0: none."""
+    """Add noise of so many coarser resolutions; 6 is usual, 0: none. Not with zero terminal SNR."""
     multires_noise_discount: float = Field(0.3, ge=0, le=1)
     """How much each coarser resolution counts of the finer one."""
     input_perturbation: float = Field(0.0, ge=0, le=1)
@@ -82,6 +83,13 @@ class ObjectiveGroup(Group):
             raise ValueError(
                 "noise_offset and multires_noise_iterations do the same: turn one of them off"
             )
+        if (self.timesteps == "biased") != bool(self.timestep_bias):
+            raise ValueError(
+                f"timesteps is {self.timesteps} and timestep_bias {self.timestep_bias:g}: a bias "
+                f"goes with timesteps biased, which wants one"
+            )
+        if self.timesteps != "logit_normal" and (self.logit_mean or self.logit_deviation != 1):
+            raise ValueError("logit_mean and logit_deviation go with timesteps logit_normal")
         return self
 
 
