@@ -255,3 +255,24 @@ def test_torchao_is_silent(caplog):
     torchao_quantization()
     assert not caplog.records
     assert memory.check(torch.device("cpu"), "no", base_weights="nf4") is None
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_processes_can_share_the_gradients(kind, tmp_path):
+    """DDP sends all parameters around once, whatever they are made of."""
+    from torch import distributed
+
+    options = {"init_method": f"file://{tmp_path / 'meet'}", "rank": 0, "world_size": 1}
+    distributed.init_process_group("gloo", **options)
+    try:
+        alone, _ = adapted(kind)
+        unet, _ = adapted(kind)
+        shared = nn.parallel.DistributedDataParallel(unet)
+        alone(*inputs()).sample.square().sum().backward()
+        shared(*inputs()).sample.square().sum().backward()
+    finally:
+        distributed.destroy_process_group()
+    for mine, other in zip(unet.parameters(), alone.parameters(), strict=True):
+        assert mine.requires_grad == other.requires_grad
+        if mine.requires_grad:
+            assert torch.equal(mine.grad, other.grad)
