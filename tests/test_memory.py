@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import choose, make_unet, randomise
+from conftest import choose, make_parts, make_unet, randomise
 from diffusers.models.attention_processor import AttnProcessor
 
 from lora_sd import inject, memory
@@ -89,6 +89,35 @@ def test_a_bfloat16_adapter_learns_under_autocast_and_without(unet_inputs):
         found.append(torch.cat([grad.float().flatten() for grad in grads]))
     one, other = found
     assert (one - other).norm() < 0.1 * one.norm()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradients_in_bfloat16_are_those_of_float32_rounded(options, unet_inputs):
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        unet, layers = adapted(options, dtype=torch.bfloat16)
+        randomise(unet)
+        for layer in layers.values():
+            layer.set_dtype(dtype)
+        grads = gradients(unet, unet_inputs)
+        found.append(torch.cat([grad.float().flatten() for grad in grads]))
+    one, other = found
+    assert 0 < (one - other).norm() < 0.05 * other.norm()
+
+
+def test_a_text_encoder_s_adapter_in_bfloat16_adapts_tokens_too():
+    ids = torch.tensor([[1, 5, 7, 2]])
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        parts = {"text_encoder": make_parts()["text_encoder"]}
+        layers = inject.attach(parts, choose(parts, include=["token_embedding"]))
+        assert any(name.endswith("token_embedding") for name in layers)
+        randomise(parts)
+        for layer in layers.values():
+            layer.set_dtype(dtype)
+        with torch.no_grad():
+            found.append(parts["text_encoder"](ids).last_hidden_state)
+    assert 0 < (found[0] - found[1]).norm() < 0.05 * found[1].norm()
 
 
 # --- layouts ---

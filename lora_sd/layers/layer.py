@@ -163,6 +163,8 @@ class LoRALayer(nn.Module):
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Keep the factors in this precision. DoRA's magnitude stays: rounded, it would be another
         norm than the base's, and a fresh adapter would change something."""
+        if not self.rank:
+            return
         self.lora_down.to(dtype)
         self.lora_up.to(dtype)
         if self.down_start is not None and self.up_start is not None:

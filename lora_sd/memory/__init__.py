@@ -112,6 +112,8 @@ def apply(
         before = quantization.weight_bytes(base.unet)
         done, left = quantization.quantize(base.unet, base_weights)
         after = quantization.weight_bytes(base.unet)
+        if base.device.type == "cuda":
+            torch.cuda.empty_cache()
         rest = f" ({left} have no form for it and stay)" if left else ""
         told.append(
             f"{done} linear layers of the UNet are kept in {base_weights}{rest}, convolutions as "
