@@ -1,5 +1,6 @@
 """One picture of many sample pictures, of whatever sizes, with their prompts beside them."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,7 @@ from lora_sd.generate import PictureSettings, draw_grid
 
 LARGEST_CELL_PX = 512
 LONGEST_LABEL = 160
-FAILED_PX, FONT_PX, LETTER_PX = 128, 12, 7
-"""Of a cell without a picture: its least side, its font, and about how wide a letter is."""
+FAILED_PX = 128  # least side of a cell without a picture
 
 
 def picture_or_reason(file: Path | None, reason: str, one: PictureSettings) -> Image.Image:
@@ -23,10 +23,13 @@ def picture_or_reason(file: Path | None, reason: str, one: PictureSettings) -> I
             reason = "its file cannot be read"
     size_px = max(one.width_px, FAILED_PX), max(one.height_px, FAILED_PX)
     cell = Image.new("RGB", size_px, "#eeeeee")
-    words, letters = f"could not be drawn: {reason}", cell.width // LETTER_PX - 1
-    text = "\n".join(words[start : start + letters] for start in range(0, len(words), letters))
-    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(FONT_PX)
-    draw.multiline_text((FONT_PX // 2, FONT_PX // 2), text, "#aa0000", font)
+    font_px = max(12, cell.width // 32)
+    letters, lines = int(cell.width / (0.6 * font_px)) - 1, int(cell.height / (1.4 * font_px)) - 1
+    text = textwrap.wrap(
+        f"could not be drawn: {reason}", letters, max_lines=lines, placeholder=" ..."
+    )
+    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(font_px)
+    draw.multiline_text((font_px // 2, font_px // 2), "\n".join(text), "#aa0000", font)
     return cell
 
 

@@ -7,7 +7,7 @@ what counts is how far each picture's loss lies below the one that the base alon
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Tensor
 from lora_sd import inject
 from lora_sd.base_model import BaseModel
 from lora_sd.data.findings import counted
-from lora_sd.data.training_data import VALIDATION_TIMES, TrainingData
+from lora_sd.data.training_data import VALIDATION_TIMES, Batch, TrainingData
 from lora_sd.errors import ConfigError, UserError
 from lora_sd.formats import save_adapter
 from lora_sd.objective import Objective
+from lora_sd.text_encoding import TextEmbedding
 from lora_sd.train_step import errors_of
 
 log = logging.getLogger("lora_sd")
@@ -250,9 +251,37 @@ class Validation:
         for number, (places, batch) in enumerate(self._data.held_out_batches(self._batch_size)):
             # Batches are the same however many processes share them, and so are the numbers.
             if number % accelerator.num_processes == accelerator.process_index:
-                with accelerator.autocast():
-                    errors = errors_of(self._base, plain, batch.to(device), self._max_tokens)
-                found[places] = errors.float()
+                found[places] = self._errors_of(plain, batch).float()
         if accelerator.num_processes > 1:
             found = accelerator.reduce(found, "sum")  # of numbers and zeros: exact
         return found.cpu().double().view(-1, VALIDATION_TIMES)
+
+    def _errors_of(self, objective: Objective, batch: Batch) -> Tensor:
+        """The errors of a batch; where memory does not suffice for it, one by one."""
+        try:
+            with self._accelerator.autocast():
+                return errors_of(
+                    self._base, objective, batch.to(self._base.device), self._max_tokens
+                )
+        except torch.OutOfMemoryError:
+            if len(batch.names) == 1:
+                raise
+        # Only now, when the exception has let go of what was computed.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return torch.cat([self._errors_of(objective, one) for one in _one_by_one(batch)])
+
+
+def _one_by_one(batch: Batch) -> Iterator[Batch]:
+    for number in range(len(batch.names)):
+        own = slice(number, number + 1)
+        parts: dict[str, Any] = {
+            name: None if value is None else value[own]
+            for name, value in vars(batch).items()
+            if name != "text"
+        }
+        text = batch.text
+        if text is not None:
+            pooled = None if text.pooled is None else text.pooled[own]
+            text = TextEmbedding(text.hidden[own], pooled)
+        yield Batch(**parts, text=text)

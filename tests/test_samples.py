@@ -111,6 +111,8 @@ def test_the_sheet_has_a_row_for_each_prompt_and_is_no_sample(drawing):
     drawing.write("a red wall --w 32", "a blue wall --h 24 --s 3")
     drawing.draw(0)
     drawing.draw(100)
+    sizes = [Image.open(drawing.run.sample_file(100, n)).size for n in range(3)]
+    assert sizes == [(16, 16), (32, 16), (16, 24)]
     sheet = Image.open(drawing.run.samples / "sheet_000100.png")
     one_column = Image.open(drawing.run.samples / "sheet_000000.png")
     assert sheet.width > one_column.width and sheet.height == one_column.height

@@ -94,6 +94,19 @@ def test_batches_do_not_change_the_numbers(learnt, data, batch_size):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def test_what_does_not_fit_in_memory_is_measured_one_by_one(learnt, data, monkeypatch):
+    expected, whole = make(learnt, data, 16)._errors(), validation.errors_of
+
+    def one_at_most(base, objective, batch, max_tokens):
+        if len(batch.names) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(base, objective, batch, max_tokens)
+
+    monkeypatch.setattr(validation, "errors_of", one_at_most)
+    found = make(learnt, data, 16)._errors()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def test_processes_share_the_work_and_know_the_same_to_the_bit(learnt, data):
     class OneOfTwo(Accelerator):
         num_processes, process_index = 2, 0
