@@ -207,6 +207,8 @@ class RunRecord:
         Raises:
             RunError: the run's folder has gone.
         """
+        # A run that has gone back to a checkpoint tells its steps again.
+        self._unwritten = [one for one in self._unwritten if one["step"] < values["step"]]
         self._unwritten.append(values)
         try:
             while self._unwritten:

@@ -293,8 +293,12 @@ def test_metrics_that_found_no_room_are_written_later_b4(
     append = RunFolder.append_metrics
     with RunRecord(run, 5, True) as record:
         record.training_from(0)
-        for step in range(1, 6):
-            monkeypatch.setattr(RunFolder, "append_metrics", no_space if 1 < step < 4 else append)
+        for step, there_is_room in [(1, True), (2, False), (3, True), (4, False), (5, False)]:
+            monkeypatch.setattr(RunFolder, "append_metrics", append if there_is_room else no_space)
+            record.step(step, float(step), {"unet": 0.1}, 1.0, 2, {})
+        assert losses(run) == [1.0, 2.0, 3.0]
+        monkeypatch.setattr(RunFolder, "append_metrics", append)
+        for step in (4, 5):  # again, as where it has gone back to a checkpoint
             record.step(step, float(step), {"unet": 0.1}, 1.0, 2, {})
     assert losses(run) == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert capsys.readouterr().err.count("cannot be written (No space left on device)") == 1
@@ -345,6 +349,7 @@ def test_no_run_folder_is_left_where_there_is_no_room_for_one(tmp_path: Path, mo
 
 
 def test_a_folder_that_goes_while_training_ends_the_run_b7(run_settings, monkeypatch) -> None:
+    run_settings["output"]["save_every_steps"] = 6
     run = RunFolder(Path(run_settings["output"]["folder"]) / "run")
     append, calls = RunFolder.append_metrics, []
 
