@@ -80,7 +80,7 @@ class Gauge:
             self._told.add("nil")
             log.warning(
                 "Note: the adapter has hardly changed anything by step %d: its update is %.1g of "
-                "the weights it adapts, and pictures change from about %g on. Raise "
+                "the weights it adapts, and should be past %g by now. Raise "
                 "optimizer.learning_rate.",
                 step, largest, NIL,
             )  # fmt: skip
