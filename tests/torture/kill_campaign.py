@@ -249,16 +249,22 @@ def _wait_for_the_moment(
 ) -> None:
     """Wait for the moment of the kill, or for the end of the trainer."""
     deadline = time.monotonic() + GIVEN_UP_S
-    aimed = draw.random() < 0.5
+    # Pruning is over in a moment, so that some kills wait for it without a pause.
+    aim = draw.choice(["anywhere", "anywhere", "anywhere", "saving", "saving", "pruning"])
     chosen, share = draw.randint(1, 8), draw.random()
     until = time.monotonic() + share * took
     while time.monotonic() < deadline:
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            return
-        if aimed and place.saves >= chosen and place.phase in (1, 2):
+        phase, saves = place.phase, place.saves
+        if aim == "saving" and saves >= chosen and phase in (1, 2):
             time.sleep(share * save_s)
             return
-        if not aimed and time.monotonic() >= until:
+        if aim == "pruning" and saves >= chosen and phase == 2:
+            return
+        if aim == "anywhere" and time.monotonic() >= until:
+            return
+        if aim == "pruning" and phase == 1:
+            continue
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return
         time.sleep(0.0002)
 
