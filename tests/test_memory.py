@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from lora_sd import inject, memory
 from lora_sd.errors import ConfigError
 from lora_sd.formats import load_adapter, save_adapter
-from lora_sd.layers import LayerOptions
+from lora_sd.layers import LayerOptions, LinearLoRA
 from lora_sd.memory import attention, compilation, layouts
 
 CPU = torch.device("cpu")
@@ -71,6 +71,12 @@ def test_a_bfloat16_adapter_is_saved_and_loaded_to_the_bit(options, tmp_path, un
             assert mine.dtype == other.dtype and torch.equal(mine, other), name
     with torch.no_grad():
         assert torch.equal(unet(*unet_inputs).sample, again(*unet_inputs).sample)
+
+
+def test_a_layer_without_factors_has_no_precision():
+    layer = LinearLoRA(torch.nn.Linear(2, 2), 0)
+    layer.set_dtype(torch.bfloat16)
+    assert {weight.dtype for weight in layer.parameters()} == {torch.float32}
 
 
 def test_a_bfloat16_adapter_learns_under_autocast_and_without(unet_inputs):
@@ -211,13 +217,14 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def few_blocks(options=None):
+def few_blocks(options=None, **changes):
     """A UNet of few blocks, as compiling is slow, with an adapter as if trained."""
-    unet = make_unet(
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    )
+    shape = {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    unet = make_unet(**{**shape, **changes})
     inject.attach(unet, choose(unet, "attention"), options)
     randomise(unet)
     return unet
@@ -300,6 +307,7 @@ def test_a_compiled_unet_can_be_copied():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("base_weights", ["full", "int8", "fp8", "nf4"])
 def test_inductor_compiles_blocks_over_any_weights(base_weights, fresh_compiler):
     if reason := compilation.why_not_compile(CPU):
@@ -310,9 +318,7 @@ def test_inductor_compiles_blocks_over_any_weights(base_weights, fresh_compiler)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 5, 16)
     found = []
     for compile in (False, True):
-        unet = make_unet(block_out_channels=(16, 32), cross_attention_dim=16)
-        inject.attach(unet, choose(unet))
-        randomise(unet)
+        unet = few_blocks(block_out_channels=(16,), cross_attention_dim=16)
         if base_weights != "full":
             quantize(unet, base_weights)
         if compile:

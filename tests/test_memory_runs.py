@@ -34,7 +34,10 @@ def test_a_resumed_run_packs_the_same_weights(run_settings, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_compiles(run_settings):
+    run_settings["train"]["steps"] = 2
+    run_settings["adapter"]["preset"] = "attention"
     run_settings["memory"] = {"compile": True, "base_weights": "int8"}
     compiled = losses(train(run_settings))
     run_settings["memory"]["compile"] = False
