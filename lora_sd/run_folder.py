@@ -8,7 +8,8 @@ The trainer writes, the app and other programs only read; they share nothing els
     train.log                 what the terminal showed
     changes.json              what was changed when the run went on, where anything was
     stop                      made by somebody who wants the run to save and end
-    samples/                  step_000100_00.png ..., settings in the PNG's text
+    samples/                  step_000100_00.png ..., settings in the PNG's text;
+                              sheet_000100.png, with the base's pictures beside them
     checkpoints/step_000100/  full state, to resume bit for bit
     grid.png                  prompts by scales, at the end
     adapter.safetensors       the result

@@ -162,8 +162,9 @@ def train(
         worker.share()
         sample_every = config.sample.every_steps if ready.prompts else 0
         stopping = is_to_stop()
-        if sample_every and not samples.is_drawn(0) and not stopping:
-            draw_samples()
+        due = bool(sample_every) and (step == 0 or _is_due(step, sample_every, options.steps))
+        if due and not samples.is_drawn(step) and not stopping:
+            draw_samples()  # the base's, or those that a stop has cut off
         if data.held_out and not stopping:
             validation.measure_base()
 
