@@ -89,9 +89,19 @@ class Place:
         def watched_remove(folder: Path) -> None:
             before = self._read()
             is_old = before[0] == 1 and folder.name.startswith("step_")
-            self._write(2 if is_old else before[0], *before[1:])
-            remove(folder)
-            self._write(*before)
+            if not is_old:
+                return remove(folder)
+            # Slowed down: it is over sooner than its killer gets to work.
+            self._write(2, *before[1:])
+            unlink = os.unlink
+            os.unlink = lambda *arguments, **options: (
+                time.sleep(0.002), unlink(*arguments, **options)
+            )[1]  # fmt: skip
+            try:
+                remove(folder)
+            finally:
+                os.unlink = unlink
+                self._write(*before)
 
         def watched_result(*arguments: Any, **options: Any) -> Any:
             self._write(3, *self._read()[1:])
@@ -251,7 +261,7 @@ def _wait_for_the_moment(
     deadline = time.monotonic() + GIVEN_UP_S
     # Pruning is over in a moment, so that some kills wait for it without a pause.
     aim = draw.choice(["anywhere", "anywhere", "anywhere", "saving", "saving", "pruning"])
-    chosen, share = draw.randint(1, 8), draw.random()
+    chosen, share = draw.randint(1, 5), draw.random()
     until = time.monotonic() + share * took
     while time.monotonic() < deadline:
         phase, saves = place.phase, place.saves
