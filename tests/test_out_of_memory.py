@@ -17,7 +17,7 @@ from lora_sd.out_of_memory import SteppingDown, advice, is_out_of_memory, step_d
 from lora_sd.train_step import TrainStep
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.8 GiB."
-PICTURES = 4
+PICTURES, LAST = 4, 900  # how many, and the last one's timestep
 
 
 class FourPictures:
@@ -39,7 +39,7 @@ class FourPictures:
             latents=self.latents[some],
             noise=self.noise[some],
             added_noise=self.noise[some],
-            timesteps=torch.tensor([3, 200, 500, 900])[some],
+            timesteps=torch.tensor([3, 200, 500, LAST])[some],
             names=["a", "b", "c", "d"][some],
             captions=["a", "b", "c", "d"][some],
             text=replace(self.text, hidden=self.text.hidden[some]),
@@ -86,12 +86,12 @@ def guarded(worker, steps_down=True):
 
 
 def fails_above(worker, monkeypatch, batch_size, error=None):
-    """Let the step run out of memory with batches above that size."""
+    """Let the step run out of memory with batches above that size in which the last picture is."""
     predict = worker.base.predict
 
-    def limited(noisy, *arguments, **named):
-        predicted = predict(noisy, *arguments, **named)
-        if len(noisy) > batch_size:
+    def limited(noisy, timesteps, *arguments, **named):
+        predicted = predict(noisy, timesteps, *arguments, **named)
+        if len(noisy) > batch_size and LAST in timesteps:
             raise error or torch.OutOfMemoryError(CUDA)
         return predicted
 
@@ -207,6 +207,21 @@ def test_what_a_failed_step_held_is_free_before_the_next_try(worker, monkeypatch
     monkeypatch.setattr(worker.base, "predict", limited)
     guarded(worker)[0].gradients(0)
     assert alive[:3] == [0, 0, 0]
+
+
+def test_letting_go_frees_what_the_failed_functions_were_working_with():
+    held = []
+
+    def fail():
+        activation = torch.ones(10)
+        held.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError(CUDA)
+
+    try:
+        fail()
+    except torch.OutOfMemoryError as error:
+        out_of_memory.let_go(error)
+        assert held[0]() is None
 
 
 def test_out_of_memory_elsewhere_is_told_with_advice():
