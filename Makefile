@@ -1,7 +1,7 @@
 # make demo: train on the example pictures and see what it does.   make test: the tests.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-slow check format
+.PHONY: demo test test-slow torture check format
 
 demo: .venv/installed
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
@@ -13,6 +13,14 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+torture: .venv/installed-dev
+	$(BIN)/python -m tests.torture.crash_points
+	$(BIN)/python -m tests.torture.bit_equality
+	$(BIN)/python -m tests.torture.kill_campaign --kills 200
+	$(BIN)/python -m tests.torture.real_kills --kills 20
+	$(BIN)/python -m tests.torture.save_cost
+	$(BIN)/python -m pytest -m torture
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

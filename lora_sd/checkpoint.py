@@ -14,6 +14,7 @@ There are no random states in it: all that is drawn is a function of the seed an
 import importlib.metadata
 import io
 import json
+import logging
 import platform
 import re
 import shutil
@@ -31,6 +32,7 @@ from lora_sd.errors import BadNumbers, DiskFull, RunError, UserError, shown_list
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.run_folder import RunFolder
 
+log = logging.getLogger("lora_sd")
 FORMAT = 2
 ADAPTER, STATE, PICTURES, MANIFEST = (
     "adapter.safetensors", "state.pt", "pictures.json", "manifest.json",
@@ -150,7 +152,10 @@ def save(
                     f"{said} Make room, then go on with --resume '{run.path}'."
                 ) from error
     for old in _folders(run)[:-keep]:
-        durable.remove_folder(old)
+        try:
+            durable.remove_folder(old)
+        except OSError as error:  # the new one is safe, and the old one is tried again next time
+            log.warning("Note: '%s' could not be removed: %s.", old, error.strerror or error)
     return final
 
 

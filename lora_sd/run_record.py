@@ -6,6 +6,7 @@ run goes on. Metrics are kept and written when there is room again.
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -143,7 +144,9 @@ class RunRecord:
         return wait
 
     def training_from(self, step: int) -> None:
-        """The loop begins: show the bar, start the clock."""
+        """The loop begins, or begins again from an earlier step: show the bar, start the clock."""
+        if self._bar is not None:
+            self._bar.close()
         self._started, self._first_step = time.monotonic(), step
         self._bar = tqdm(
             total=self._steps,
@@ -182,7 +185,7 @@ class RunRecord:
                 "loss": loss,
                 "lr": next(iter(rates.values())),
                 **({"rates": dict(rates)} if len(set(rates.values())) > 1 else {}),
-                "grad_norm": grad_norm,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                 "images_per_s": round(images_per_s, 3),
                 "seconds": round(seconds, 3),
                 **more,

@@ -189,6 +189,7 @@ def train(
                 guard.check_weights(step)
             except FoundBadNumbers as error:
                 step = guard.after(error, step, save, go_back)
+                record.training_from(step)
                 continue
             step += 1
             saves = _is_due(step, config.output.save_every_steps, options.steps)
