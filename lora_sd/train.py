@@ -214,6 +214,7 @@ def train(
             record.state("stopped", f"stopped at step {step} of {options.steps}, saved", step)
             log.info("Stopped at step %d of %d; everything is saved.", step, options.steps)
             log.info("Go on with: %s --resume %s", _command(), run.path)
+            accelerator.wait_for_everyone()  # or a launcher stops the last of them again
             return EXIT_RESUMABLE
 
         # --- the result ---
