@@ -123,7 +123,7 @@ def make_accelerator(config: Config) -> Accelerator:
         ConfigError: accelerate was told to cut the model into pieces.
     """
     accelerator = Accelerator(
-        mixed_precision=_precision(config.train.mixed_precision),
+        mixed_precision=arithmetic_precision(config.train.mixed_precision),
         kwargs_handlers=[
             # A layer that is left out has no gradient.
             DistributedDataParallelKwargs(find_unused_parameters=config.adapter.module_dropout > 0),
@@ -300,7 +300,7 @@ def _sample_prompts(config: Config, base: BaseModel) -> SamplePrompts:
     return SamplePrompts(sample.prompts, file, shared, base.size_step_px)
 
 
-def _precision(asked: str) -> str:
+def arithmetic_precision(asked: str) -> str:
     """The mixed precision; for 'auto' what `accelerate launch` was told, else by the GPU."""
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked != "auto":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ import train_sd_lora
 from lora_sd import samples
 from lora_sd import train as trainer
 from lora_sd.adapter import Adapter
+from lora_sd.base_model import BaseModel
 from lora_sd.config import config_from_values
 from lora_sd.data.training_data import TrainingData
-from lora_sd.errors import EXIT_RESUMABLE, RunError, UserError
+from lora_sd.errors import EXIT_RESUMABLE, OutOfMemory, RunError, UserError
 from lora_sd.formats import load_adapter
 from lora_sd.layer_names import layer_shapes
 from lora_sd.objective import Objective
@@ -366,3 +368,42 @@ def test_a_second_trainer_is_told_that_the_folder_is_taken(run_settings, monkeyp
     monkeypatch.setattr(RunFolder, "append_metrics", resume_meanwhile)
     train(run_settings)
     assert f"is being trained by process {os.getpid()}" in told[0]
+
+
+def runs_out_of_memory(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None:
+    """The model runs out of memory at its n-th call in training, so many times in a row."""
+    predict, calls = BaseModel.predict, count(1)
+
+    def predicts(self, *args):
+        if self.unet.training and at <= next(calls) < at + times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return predict(self, *args)
+
+    monkeypatch.setattr(BaseModel, "predict", predicts)
+
+
+def test_a_run_out_of_memory_stops_with_advice_and_goes_on_as_the_same(run_settings, monkeypatch):
+    run_settings["output"]["name"] = "straight"
+    straight = train(run_settings)
+    run_settings["output"]["name"] = "short"
+    with monkeypatch.context() as patch:
+        runs_out_of_memory(patch, at=4)
+        with pytest.raises(OutOfMemory, match="Memory ran out in step") as caught:
+            train(run_settings)
+    assert caught.value.exit_status == 7 and "plan" in str(caught.value)
+    run = RunFolder(straight.path.with_name("short"))
+    assert run.read_status().state == "failed" and 0 < len(losses(run)) < 6
+    assert resume(run) == 0
+    assert losses(run) == losses(straight) and tensors(run, 6) == tensors(straight, 6)
+
+
+def test_a_run_out_of_memory_may_go_on_with_less(run_settings, monkeypatch):
+    run_settings["output"]["name"] = "straight"
+    straight = train(run_settings)
+    run_settings["output"]["name"] = "less"
+    run_settings["memory"] = {"on_out_of_memory": "step_down"}
+    runs_out_of_memory(monkeypatch, at=4, times=2)
+    run = train(run_settings)
+    assert losses(run) == pytest.approx(losses(straight), rel=1e-5)
+    said = run.log_file.read_text()
+    assert "gradient checkpointing is on" in said and "at most 1 pictures" in said

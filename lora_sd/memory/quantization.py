@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Linear):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        out: Tensor = _LinearOfPacked.apply(
+        out: Tensor = LinearOfPacked.apply(
             x, self.bias, self.kind, self.weight_shape, *self._packed()
         )
         return out
@@ -71,7 +71,7 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.kind}"
 
 
-class _LinearOfPacked(torch.autograd.Function):
+class LinearOfPacked(torch.autograd.Function):
     """x @ W^T + bias, of which only what is packed waits for the backward pass."""
 
     @staticmethod
@@ -165,7 +165,7 @@ def quantize(model: nn.Module, kind: str) -> tuple[int, int]:
         how many layers were quantized, and how many linear layers were not.
     """
     done = left = 0
-    for parent, name, layer in list(_plain_linears(model)):
+    for parent, name, layer in list(plain_linears(model)):
         if kind == "nf4" and not _fits_nf4(layer.weight):
             left += 1
             continue
@@ -186,7 +186,7 @@ def weight_bytes(model: nn.Module) -> int:
     )
 
 
-def _plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name, layer) of the base's linear layers; not of the factors in wrappers."""
     for name, child in model.named_children():
         if isinstance(model, LoRALayer) and name != "base":
@@ -194,7 +194,7 @@ def _plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear
         if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear):
             yield model, name, child
         else:
-            yield from _plain_linears(child)
+            yield from plain_linears(child)
 
 
 def _fits_nf4(weight: Tensor) -> bool:

@@ -163,11 +163,11 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 def _autocast(asked: str, device: str) -> torch.dtype | None:
     """As `preparation` decides of the mixed precision, also for a GPU that is elsewhere."""
-    from lora_sd.preparation import _precision
+    from lora_sd.preparation import arithmetic_precision
 
     if asked == "auto" and device == "cuda" and not torch.cuda.is_available():
         asked = "bf16"
-    said = _precision(asked)
+    said = arithmetic_precision(asked)
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(said)
 
 

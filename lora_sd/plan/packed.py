@@ -8,9 +8,9 @@ from torch import Size, Tensor, nn
 from lora_sd.memory.quantization import (
     BLOCK,
     SCALES_BLOCK,
+    LinearOfPacked,
     QuantizedLinear,
-    _LinearOfPacked,
-    _plain_linears,
+    plain_linears,
 )
 
 
@@ -34,7 +34,7 @@ class ShapedQuantizedLinear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         x = x if self.autocast is None else x.to(self.autocast)
-        out: Tensor = _LinearOfPacked.apply(
+        out: Tensor = LinearOfPacked.apply(
             x, self.bias, self.kind, self.weight_shape, *self._packed()
         )
         return out
@@ -61,6 +61,6 @@ def kept(kind: str, weight_shape: Size) -> dict[str, tuple[tuple[int, ...], torc
 
 def pack(model: nn.Module, kind: str, autocast: torch.dtype | None) -> None:
     """Put the linear layers of a model on the meta device into few bits, as `quantize` does."""
-    for parent, name, layer in list(_plain_linears(model)):
+    for parent, name, layer in list(plain_linears(model)):
         if kind != "nf4" or layer.weight.numel() % BLOCK == 0:
             setattr(parent, name, ShapedQuantizedLinear(layer, kind, autocast))
