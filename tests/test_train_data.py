@@ -55,7 +55,9 @@ def test_everything_at_once_is_trained_on_and_told(varied):
     assert "1 for regularisation, as often as all others together" in log
     assert "1 for validation; captions" in log
     assert "8 pictures used, 0 left out. An epoch shows 14: 16x16: 12, 32x8: 2." in log
-    measured = {m["step"]: m["validation_loss"] for m in run.read_metrics() if "validation_loss" in m}
+    measured = {
+        m["step"]: m["validation_loss"] for m in run.read_metrics() if "validation_loss" in m
+    }
     assert list(measured) == [2, 4, 6] and len(set(measured.values())) == 3
     metadata = read_header(run.adapter_file).metadata
     assert metadata["ss_num_train_images"] == "6" and metadata["ss_num_reg_images"] == "1"
