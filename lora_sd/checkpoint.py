@@ -151,12 +151,17 @@ def save(
                 raise DiskFull(
                     f"{said} Make room, then go on with --resume '{run.path}'."
                 ) from error
+    prune(run, keep)
+    return final
+
+
+def prune(run: RunFolder, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`. Only under the run's lock."""
     for old in _folders(run)[:-keep]:
         try:
             durable.remove_folder(old)
         except OSError as error:  # the new one is safe, and the old one is tried again next time
             log.warning("Note: '%s' could not be removed: %s.", old, error.strerror or error)
-    return final
 
 
 class _NoRoom(DiskFull):

@@ -69,6 +69,8 @@ def restore(
         _load(found, layers, stateful, device, differing)
     if is_main:
         _tidy(run, rejected)
+        # A run that is killed while it removes the oldest after its last save has no other chance.
+        checkpoint.prune(run, identity.config["output"]["keep_checkpoints"])
         if found is None:
             log.info("Nothing was saved before the run stopped: it begins again.")
         else:

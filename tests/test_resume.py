@@ -425,3 +425,15 @@ def test_more_processes_are_a_change_only_where_a_step_holds_more() -> None:
     assert found == ["train.batch_size"]
     found = [one.name for one in resume._changes(identity(2, 1), identity(4, 2))]
     assert found == ["train.batch_size"]
+
+
+def test_what_a_kill_left_half_removed_goes_when_the_run_goes_on(run_settings, stop_at):
+    run = stopped(run_settings, stop_at, 5)
+    half = run.checkpoint(1)
+    shutil.copytree(run.checkpoint(4), half)
+    (half / "adapter.safetensors").unlink()
+    assert go_on(run) == 0
+    assert not half.exists() and run.checkpoint(6).is_dir()
+    shutil.copytree(run.checkpoint(6), half)
+    assert go_on(run) == 0  # complete already
+    assert not half.exists()

@@ -43,7 +43,7 @@ def check(
         if importlib.util.find_spec("torchao") is None:
             problems.append(
                 f"'memory.base_weights' is {base_weights}, which needs torchao: "
-                f"pip install --no-deps torchao==0.18.0."
+                f"pip install -r requirements-memory.txt."
             )
         if dora != "off":
             problems.append(

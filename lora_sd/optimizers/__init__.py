@@ -49,7 +49,8 @@ def make_optimizer(
     except ImportError as error:
         raise ConfigError(
             f"'optimizer.name' is {name}, whose package cannot be imported ({error}). Install it "
-            f"with `pip install -r requirements.txt`, or choose adamw."
+            f"with `pip install -r requirements{'-memory' if kind.source == 'torchao' else ''}.txt`, "
+            f"or choose adamw."
         ) from error
     given = {**kind.always, **read_options(name, options, plain, kind.elsewhere)}
     optimizer = resumable(plain)

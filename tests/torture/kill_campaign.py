@@ -186,7 +186,7 @@ def campaign(
         references[variant] = digests(run_of(settings)), files_of(run_of(settings)), took
         tell(f"{variant}: a run takes {took:.1f} s")
     started = time.monotonic()
-    number = 0
+    number = told = 0
     while found.kills < kills:
         variant = variants[number % len(variants)]
         settings = settings_in(folder, variant)
@@ -195,6 +195,9 @@ def campaign(
         number += 1
         shutil.rmtree(folder / f"killed-{number - 1}", ignore_errors=True)
         tell(f"{found.kills} kills, {found.finished} finished, {len(found.problems)} problems")
+        for problem in found.problems[told:]:
+            tell(problem)
+        told = len(found.problems)
     found.seconds = time.monotonic() - started
     if found.share_in_saves < LEAST_HITS:
         found.problems.append(f"only {found.share_in_saves:.0%} of the kills fell into a save")
