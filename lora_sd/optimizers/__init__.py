@@ -47,10 +47,10 @@ def make_optimizer(
     try:
         plain = kind.load()
     except ImportError as error:
+        extra = "-memory" if kind.source == "torchao" else ""
         raise ConfigError(
             f"'optimizer.name' is {name}, whose package cannot be imported ({error}). Install it "
-            f"with `pip install -r requirements{'-memory' if kind.source == 'torchao' else ''}.txt`, "
-            f"or choose adamw."
+            f"with `pip install -r requirements{extra}.txt`, or choose adamw."
         ) from error
     given = {**kind.always, **read_options(name, options, plain, kind.elsewhere)}
     optimizer = resumable(plain)
