@@ -8,8 +8,10 @@ demo: .venv/installed
 		--dynamo_backend no train_sd_lora.py --config configs/tiny.yaml
 	$(BIN)/python -m tools.demo
 
+# The app's tests by themselves, since they look at the clock.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/test_app_browser.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_app_browser.py
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

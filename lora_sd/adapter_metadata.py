@@ -44,6 +44,7 @@ PLACES = (  # settings that say where things lie on a machine
     ("data", "cache_folder"),
     ("output", "folder"),
     ("output", "name"),
+    ("sample", "prompt_file"),
 )
 
 

@@ -19,7 +19,7 @@ Settings = Mapping[str, Mapping[str, Any]]
 FREE = (
     "base.model", "data.folder",  # by what is in them, and not by where they lie
     "data.bad_pictures", "data.cache", "data.cache_folder",
-    "train.validate_every_steps", "train.keep_best",
+    "train.keep_best",
     "memory.gradient_checkpointing", "memory.idle_parts", "memory.on_out_of_memory",
     "sample.",
     "output.save_every_steps", "output.on_full_disk", "output.keep_checkpoints",
@@ -157,6 +157,8 @@ def _fixed(change: Change) -> str:
     name = change.name
     if name.startswith("adapter.") and name not in DROPOUTS:
         return "What was saved are the weights of the adapter as it was."
+    if name == "memory.adapter_dtype":
+        return "What was saved are the optimizer's states of that precision."
     if name == "optimizer.name":
         return "What was saved are the states of the optimizer as it was."
     if name == "optimizer.block_learning_rates" or (

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder that appears with one rename, after every file in it is on the disk:
 
-    adapter.safetensors   the adapter in float32, usable like the result
+    adapter.safetensors   the weights that learn, in float32; usable like the result,
+                          but where that is an average
     state.pt              states by name: optimizer, schedule, ... (read with weights_only)
     pictures.json         a fingerprint of every picture with its caption, by name
     manifest.json         written last: step, settings, versions, every file's size and SHA-256,
@@ -81,7 +82,9 @@ class Checkpoint:
 
     def state(self, device: torch.device) -> dict[str, Any]:
         """The states by name."""
-        return dict(torch.load(self.folder / STATE, map_location=device, weights_only=True))
+        # accelerate's CPU of several processes is 'cpu:0', which torch.load does not know.
+        place = torch.device("cpu") if device.type == "cpu" else device
+        return dict(torch.load(self.folder / STATE, map_location=place, weights_only=True))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from torch import nn
@@ -16,7 +16,16 @@ from lora_sd.optimizers import (
     parameter_groups,
     scale_weight_norms,
 )
-from lora_sd.resume import Stateful
+
+
+class Stateful(Protocol):
+    """Whatever has a state that a run needs to go on: optimizer, schedule, scaler, ..."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, as `torch.load(weights_only=True)` reads them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Take a state over."""
 
 
 class Learner:
@@ -70,16 +79,12 @@ class Learner:
         return found
 
     def rates(self) -> dict[str, float]:
-        """The present learning rates, for the metrics: 'lr', and those of groups that differ."""
+        """The present learning rate of each group, by its name."""
         return learning_rates(self.optimizer)
 
     def clip(self) -> float:
         """Scale the gradients down to the largest norm allowed; the norm they had."""
         return float(self._accelerator.clip_grad_norm_(self.parameters, self._max_grad_norm))
-
-    def forget(self) -> None:
-        """Drop the gradients."""
-        self.optimizer.zero_grad()
 
     def step(self) -> None:
         """Change the adapter by its gradients, and drop them."""

@@ -12,7 +12,7 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -98,6 +98,23 @@ class SteppingDown:
     ) -> None:
         self._worker, self._parameters = worker, parameters
         self._steps_down, self._save, self._advise = steps_down, save, advise
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was stepped down to, for a run that goes on to be the same."""
+        return {
+            "batch_size": self._worker.batch_size,
+            "checkpointing": bool(self._worker.base.unet.is_gradient_checkpointing),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Step down to there, where the run may step down."""
+        if not self._steps_down:
+            return
+        if state["checkpointing"] and not self._worker.base.unet.is_gradient_checkpointing:
+            self._worker.base.enable_gradient_checkpointing()
+        if state["batch_size"] < self._worker.batch_size:
+            self._worker.batch_size = state["batch_size"]
+            log.info("At most %d pictures go through a pass, as before.", state["batch_size"])
 
     def gradients(self, step: int) -> tuple[float, list[str]]:
         """As `TrainStep.gradients`.

@@ -1,10 +1,13 @@
 """All that can be wrong with a run is found here, before its folder is made."""
 
+import hashlib
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -82,12 +85,6 @@ class Prepared:
     def trains_text(self) -> bool:
         """Whether a text encoder learns."""
         return any(component_of(name) in TEXT_ENCODERS for name in self.layers)
-
-    @property
-    def drops(self) -> bool:
-        """Whether anything is dropped at random in training."""
-        options = self.options
-        return bool(options.dropout or options.rank_dropout or options.module_dropout)
 
     def read_again(self, config: Config, stop: StopRequest) -> None:
         """Read the pictures once more, as the base has drawn some of them meanwhile."""
@@ -260,15 +257,21 @@ def make_worker(
         config.train.batch_size,
         config.data.max_tokens,
         config.train.seed,
-        ready.drops,
         ready.trains_text,
     )
 
 
 def make_validation(
-    config: Config, ready: Prepared, data: TrainingData, accelerator: Accelerator, run: RunFolder
+    config: Config,
+    ready: Prepared,
+    data: TrainingData,
+    accelerator: Accelerator,
+    run: RunFolder,
+    beat: Callable[[], object],
 ) -> Validation:
     """What measures on held-out pictures."""
+    held_out = {view.picture.name for view in data.held_out}
+    own = [item for item in ready.pictures.fingerprints().items() if item[0] in held_out]
     best = BestFile(
         run.best_file,
         getattr(torch, config.output.dtype),
@@ -283,7 +286,31 @@ def make_validation(
         batch_size=config.train.batch_size,
         best=best if config.train.keep_best else None,
         patience=config.train.patience,
+        about=_joined(own, ready.base.fingerprint(), settled(config, accelerator)),
+        beat=beat,
     )
+
+
+def _joined(own: Sequence[tuple[str, str]], base: str, settings: dict[str, Any]) -> str:
+    """Changes with all that the base's validation loss depends on."""
+    precision = settings["train"]["mixed_precision"], settings["base"]["dtype"]
+    facts = [
+        own,
+        base,
+        precision,
+        settings["memory"]["base_weights"],
+        settings["data"]["max_tokens"],
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def settled(config: Config, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+    """The settings, with what 'auto' has come to: another launcher or machine may decide it anew."""
+    found = config.model_dump()
+    found["train"]["mixed_precision"] = accelerator.mixed_precision
+    dtype = pick_dtype(config.base.dtype, accelerator.device)
+    found["base"]["dtype"] = str(dtype).removeprefix("torch.")
+    return found
 
 
 def _sample_prompts(config: Config, base: BaseModel) -> SamplePrompts:

@@ -36,6 +36,7 @@ def save_result(
         **adapter_metadata.describe_run(config, base, run.name),
         **adapter_metadata.describe_data(shown),
         **adapter_metadata.describe_result(run, run.sample_file(step, 0)),
+        "ss_steps": str(step),  # fewer than was planned, where patience ended the run
     }
     dtype = getattr(torch, config.output.dtype)
     notices = save_adapter(adapter, run.adapter_file, dtype, file_format)

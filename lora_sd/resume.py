@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Protocol
 
 import torch
 
@@ -12,20 +11,11 @@ from lora_sd.checkpoint import Checkpoint, Identity
 from lora_sd.data.findings import counted
 from lora_sd.errors import RunError, UserError, shown_list
 from lora_sd.layers import LoRALayer
+from lora_sd.learner import Stateful
 from lora_sd.run_folder import RunFolder
 
 log = logging.getLogger("lora_sd")
 NEEDED = ("optimizer", "schedule")
-
-
-class Stateful(Protocol):
-    """Whatever has a state that a run needs to go on: optimizer, schedule, scaler, ..."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, as `torch.load(weights_only=True)` reads them."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Take a state over."""
 
 
 def restore(

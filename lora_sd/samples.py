@@ -110,7 +110,8 @@ class Samples:
                 drawn = generate_at_scales(self._base, merged, adapter, scales, some, on_step)
                 rows |= zip(numbers, drawn, strict=True)
             labels = [f"scale {scale:g}" for scale in scales]
-            grid = draw_sheet([rows[number] for number in sorted(rows)], settings, labels)
+            own = [replace(one, scale=1.0) for one in settings]  # the columns say the scale
+            grid = draw_sheet([rows[number] for number in sorted(rows)], own, labels)
             write_png(grid, self._run.grid_file)
             log.info("Grid: %s", self._run.grid_file)
 

@@ -22,6 +22,7 @@ from lora_sd.preparation import (
     make_validation,
     make_worker,
     prepare,
+    settled,
 )
 from lora_sd.result import save_result
 from lora_sd.resume import is_finished, restore
@@ -32,6 +33,7 @@ from lora_sd.stop_request import StopRequest
 from lora_sd.trackers import Trackers
 
 log = logging.getLogger("lora_sd")
+EARLY_LOOKS = (5, 10, 20, 50)  # at how much the adapter changes, long before the first save
 
 
 def train(
@@ -96,14 +98,20 @@ def train(
         # --- what goes through the steps, and what of it has a state ---
         data = make_data(config, ready)
         worker = make_worker(config, ready, data, accelerator)
-        validation = make_validation(config, ready, data, accelerator, run)
+        steps_down = config.memory.on_out_of_memory == "step_down"
+        stepper = out_of_memory.SteppingDown(
+            worker, learner.parameters, steps_down=steps_down, save=lambda: save(), advise=advise
+        )
+        validation = make_validation(config, ready, data, accelerator, run, beat)
         halves = options.on_bad_numbers == "halve_learning_rate"
         guard = NumbersGuard(learner.parameters, accelerator, learner.schedule, halves)
         gauge = Gauge(ready.layers, options.steps, config.optimizer.warmup_steps)
-        stateful = {**learner.stateful, "validation": validation, "numbers": guard}
+        stateful = {
+            **learner.stateful, "validation": validation, "numbers": guard, "memory": stepper,
+        }  # fmt: skip
         samples = Samples(base, run, ready.prompts, accelerator)
         identity = checkpoint.Identity(
-            config.model_dump(),
+            settled(config, accelerator),
             ready.pictures.fingerprints(),
             base.fingerprint(),
             ready.step_pictures,
@@ -139,7 +147,9 @@ def train(
                 allowed=allowed, config_yaml=config.to_yaml(),
             )  # fmt: skip
             last = step if validation.is_over else options.steps
-            if is_finished(run, step, last) and (run.grid_file.is_file() or not ready.wants_grid):
+            has_grid = run.grid_file.is_file()
+            is_done = is_finished(run, step, last)
+            if _in_any(accelerator, is_main and is_done and (has_grid or not ready.wants_grid)):
                 log.info("'%s' is complete already.", run.path)
                 return 0
 
@@ -155,26 +165,25 @@ def train(
         # --- what stays the same while training: latents, text embeddings ---
         ready.describe(config, run)
         record.state("starting", "encoding the pictures", step)
-        with accelerator.main_process_first():
+        if is_main:
             ready.notices += run_data.encode(data, record, stop, is_main)
+        if not is_to_stop() and not is_main:  # what is on disk, the main one has put there
+            run_data.encode(data, record, stop, is_main)
         data.release()
         ready.describe_data(data, options.steps)
         worker.share()
         sample_every = config.sample.every_steps if ready.prompts else 0
         stopping = is_to_stop()
         due = bool(sample_every) and (step == 0 or _is_due(step, sample_every, options.steps))
-        if due and not samples.is_drawn(step) and not stopping:
+        # Each process would look at another moment: the main one decides for all.
+        is_missing = _in_any(accelerator, is_main and not samples.is_drawn(step))
+        if due and is_missing and not stopping:
             draw_samples()  # the base's, or those that a stop has cut off
         if data.held_out and not stopping:
             validation.measure_base()
 
         if step == 0 and halves and not stopping:
             save()  # to have something to go back to
-
-        steps_down = config.memory.on_out_of_memory == "step_down"
-        stepper = out_of_memory.SteppingDown(
-            worker, learner.parameters, steps_down=steps_down, save=save, advise=advise
-        )
 
         # --- the loop ---
         started = time.monotonic()
@@ -195,7 +204,7 @@ def train(
             saves = _is_due(step, config.output.save_every_steps, options.steps)
             validates = _is_due(step, options.validate_every_steps, options.steps)
             more: dict[str, Any] = guard.told()
-            if saves or validates:
+            if saves or validates or step in EARLY_LOOKS:
                 more |= gauge.measure(step)
             if validates and data.held_out:
                 with learner.averaged():
@@ -205,7 +214,7 @@ def train(
             # --- now and then: a checkpoint, sample pictures ---
             if saves or validation.is_over:
                 save()
-            if sample_every and _is_due(step, sample_every, options.steps):
+            if sample_every and (_is_due(step, sample_every, options.steps) or validation.is_over):
                 draw_samples()
 
         # --- stopped on request: everything is saved ---

@@ -44,7 +44,6 @@ class TrainStep:
         unet, encoders: the trained models, or DDP's wrappers around them.
         batch_size: most pictures of one forward and backward pass; it may be lowered between
             steps, which changes nothing but the memory that is wanted.
-        drops: whether anything is dropped at random.
     """
 
     base: BaseModel
@@ -56,7 +55,6 @@ class TrainStep:
     batch_size: int
     max_tokens: int
     seed: int
-    drops: bool
     trains_text: bool
 
     def share(self) -> None:
@@ -85,8 +83,8 @@ class TrainStep:
         batches = self.data.batches(step, self.batch_size, world, rank)
         for number, batch in enumerate(batches):
             batch = batch.to(device)
-            if self.drops:
-                torch.manual_seed(seed_at(self.seed, "dropout", step, number, rank))
+            # For the adapter's dropouts, and those that a base may have of its own.
+            torch.manual_seed(seed_at(self.seed, "dropout", step, number, rank))
             with contextlib.ExitStack() as stack:
                 if number < len(batches) - 1:
                     for model in (self.unet, *self.encoders):

@@ -22,7 +22,9 @@ from lora_sd.data.findings import counted
 from lora_sd.data.training_data import VALIDATION_TIMES, Batch, TrainingData
 from lora_sd.errors import ConfigError, UserError
 from lora_sd.formats import save_adapter
+from lora_sd.formats.safetensors_file import read_header
 from lora_sd.objective import Objective
+from lora_sd.out_of_memory import is_out_of_memory
 from lora_sd.text_encoding import TextEmbedding
 from lora_sd.train_step import errors_of
 
@@ -102,7 +104,7 @@ class Paired:
         if not abs(self.gain) > CLEAR * self.gain_error:
             return (
                 f"{self.loss:.4f}, not clearly apart from the base's, which is {self.base:.4f} "
-                f"({self.gain:+.4f} better, {error})"
+                f"({abs(self.gain):.4f} {'better' if self.gain >= 0 else 'worse'}, {error})"
             )
         return f"{self.loss:.4f}, which is {abs(self.gain):.4f} ({error}) {side} the base's"
 
@@ -121,6 +123,13 @@ class BestFile:
     format: str
     describe: Callable[[], dict[str, str]]
 
+    def loss(self) -> float:
+        """What the file says of itself; infinity where there is none."""
+        try:
+            return float(read_header(self.path).metadata[BEST_LOSS])
+        except (UserError, LookupError, ValueError):
+            return math.inf
+
     def write(self, base: BaseModel, step: int, loss: float) -> None:
         """Replace the file by the adapter as it is now, whole or not at all."""
         adapter = inject.collect(base.components)
@@ -128,7 +137,7 @@ class BestFile:
             **self.describe(),
             "ss_steps": str(step),
             BEST_STEP: str(step),
-            BEST_LOSS: f"{loss:.6f}",
+            BEST_LOSS: repr(loss),
         }
         save_adapter(adapter, self.path, self.dtype, self.format)
 
@@ -143,6 +152,9 @@ class Validation:
         batch_size: most samples of one pass: what fits in training fits here.
         best: keep the adapter with the lowest loss so far; None: do not.
         patience: the run is over after so many measurements without a new lowest loss; 0: never.
+        about: changes with all that the base's loss depends on: pictures, base, precision. Losses
+            that were measured under another one are forgotten.
+        beat: called after each pass, for a sign of life.
     """
 
     def __init__(
@@ -155,10 +167,13 @@ class Validation:
         batch_size: int,
         best: BestFile | None = None,
         patience: int = 0,
+        about: str = "",
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
         self._base, self._data, self._accelerator = base, data, accelerator
         self._max_tokens, self._batch_size = max_tokens, batch_size
         self._best, self._patience = best, patience
+        self._about, self._beat = about, beat
         numbers: dict[Path, int] = {}
         self._pictures = [
             numbers.setdefault(Path(view.picture.file), len(numbers)) for view in data.held_out
@@ -217,6 +232,7 @@ class Validation:
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has to know; plain values."""
         return {
+            "about": self._about,
             "of_base": None if self._of_base is None else self._of_base.tolist(),
             "lowest": self._lowest,
             "lowest_step": self._lowest_step,
@@ -225,11 +241,18 @@ class Validation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there; a better adapter that was kept since stays the best."""
+        if state["about"] != self._about:
+            log.warning(
+                "Note: validation begins anew, as its pictures, the base or the precision changed."
+            )
+            return
         of_base = state["of_base"]
         self._of_base = None if of_base is None else torch.tensor(of_base, dtype=torch.float64)
         self._lowest, self._lowest_step = state["lowest"], state["lowest_step"]
         self._since_lowest, self._kept = state["since_lowest"], state["kept"]
+        if self._best is not None:
+            self._kept = min(self._kept, self._best.loss())
 
     def _keep(self, best: BestFile, step: int, loss: float) -> None:
         """Write the best adapter; a disk that is full is no reason to end a run."""
@@ -252,6 +275,7 @@ class Validation:
             # Batches are the same however many processes share them, and so are the numbers.
             if number % accelerator.num_processes == accelerator.process_index:
                 found[places] = self._errors_of(plain, batch).float()
+                self._beat()
         if accelerator.num_processes > 1:
             found = accelerator.reduce(found, "sum")  # of numbers and zeros: exact
         return found.cpu().double().view(-1, VALIDATION_TIMES)
@@ -263,8 +287,8 @@ class Validation:
                 return errors_of(
                     self._base, objective, batch.to(self._base.device), self._max_tokens
                 )
-        except torch.OutOfMemoryError:
-            if len(batch.names) == 1:
+        except Exception as error:
+            if len(batch.names) == 1 or not is_out_of_memory(error):
                 raise
         # Only now, when the exception has let go of what was computed.
         if torch.cuda.is_available():

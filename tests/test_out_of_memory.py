@@ -64,7 +64,6 @@ def worker(base):
         batch_size=PICTURES,
         max_tokens=75,
         seed=0,
-        drops=False,
         trains_text=False,
     )
 

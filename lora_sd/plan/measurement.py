@@ -88,7 +88,6 @@ def measure(
         batch_size=setting.batch_size,
         max_tokens=setting.max_tokens,
         seed=0,
-        drops=False,
         trains_text=setting.text == "trained",
     )
 

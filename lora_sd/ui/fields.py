@@ -48,9 +48,6 @@ LABELS = {
     "adapter.dora": "DoRA",
     "adapter.up_bias": "Bias of lora_up",
     "output.format": "File format",
-    "train.validate_every_steps": "Validate every (steps)",
-    "train.keep_best": "Keep the best adapter, too",
-    "train.patience": "End early after (validations)",
     "train.ema_decay": "Moving average (EMA)",
     "train.on_bad_numbers": "When numbers are not finite",
     "optimizer.name": "Optimizer",
@@ -98,7 +95,11 @@ LABELS = {
     "output.wandb": "Weights & Biases: project",
 }
 MOST_TEXT = 20_000  # characters of one field: more is no setting
-NOT_ON_THE_PAGE = ("data.folders", "data.cache_folder", "sample.prompt_file")
+NOT_ON_THE_PAGE = (
+    "data.folders", "data.cache_folder", "sample.prompt_file",
+    # These want a folder of validation pictures, which the page cannot name.
+    "train.validate_every_steps", "train.keep_best", "train.patience",
+)  # fmt: skip
 FIELDS: dict[str, FieldInfo] = {
     name: field for name, field in settings() if name not in NOT_ON_THE_PAGE
 }
@@ -111,7 +112,7 @@ def label(name: str) -> str:
 
 def help_text(name: str) -> str:
     """The setting's help, then its range where it has one worth telling."""
-    text = " ".join((FIELDS[name].description or "").split())
+    text = " ".join((FIELDS[name].description or "").split()).replace("*", r"\*")  # Markdown
     low, high = _bound(name, "ge", "gt"), _bound(name, "le", "lt")
     if low is None or high is None or high >= 1_000_000 or low == high:
         return text
