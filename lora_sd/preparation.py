@@ -294,18 +294,13 @@ def make_validation(
 def _joined(own: Sequence[tuple[str, str]], base: str, settings: dict[str, Any]) -> str:
     """Changes with all that the base's validation loss depends on."""
     precision = settings["train"]["mixed_precision"], settings["base"]["dtype"]
-    facts = [
-        own,
-        base,
-        precision,
-        settings["memory"]["base_weights"],
-        settings["data"]["max_tokens"],
-    ]
+    bits, most = settings["memory"]["base_weights"], settings["data"]["max_tokens"]
+    facts = [own, base, precision, bits, most]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def settled(config: Config, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
-    """The settings, with what 'auto' has come to: another launcher or machine may decide it anew."""
+    """The settings, with what 'auto' came to: another launcher or machine may decide it anew."""
     found = config.model_dump()
     found["train"]["mixed_precision"] = accelerator.mixed_precision
     dtype = pick_dtype(config.base.dtype, accelerator.device)

@@ -1,6 +1,7 @@
 """Two processes on the CPU see and learn what one does."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,8 +18,13 @@ def run(settings, tmp_path, processes):
     settings["output"]["name"] = f"by-{processes}"
     file = tmp_path / f"{processes}.yaml"
     file.write_text(yaml.safe_dump(settings))
+    launch(processes, "--config", str(file))
+    return RunFolder(tmp_path / "outputs" / settings["output"]["name"])
+
+
+def launch(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--standalone", "train_sd_lora.py", "--config", str(file)]
+    command += ["--standalone", "train_sd_lora.py", *arguments]
     done = subprocess.run(
         command,
         cwd=PROJECT,
@@ -27,7 +33,6 @@ def run(settings, tmp_path, processes):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return RunFolder(tmp_path / "outputs" / settings["output"]["name"])
 
 
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(
@@ -46,3 +51,14 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(
         expected = [record[key] for record in one.read_metrics()]
         assert [record[key] for record in two.read_metrics()] == pytest.approx(expected, rel=1e-5)
     assert two.read_status().state == "finished" and two.adapter_file.is_file()
+
+
+def test_two_processes_go_on_from_a_checkpoint(run_settings, tmp_path):
+    run_settings["train"]["batch_size"] = 1
+    straight = run(run_settings, tmp_path, 2)
+    expected = [record["loss"] for record in straight.read_metrics()]
+    shutil.rmtree(straight.checkpoint(6))
+    straight.adapter_file.unlink()
+    launch(2, "--resume", str(straight.path))
+    assert [record["loss"] for record in straight.read_metrics()] == expected
+    assert straight.read_status().state == "finished" and straight.adapter_file.is_file()
