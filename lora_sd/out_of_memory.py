@@ -98,23 +98,17 @@ class SteppingDown:
     ) -> None:
         self._worker, self._parameters = worker, parameters
         self._steps_down, self._save, self._advise = steps_down, save, advise
+        self._base, self._stepped = worker.base, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What was stepped down to, for a run that goes on to be the same."""
-        return {
-            "batch_size": self._worker.batch_size,
-            "checkpointing": bool(self._worker.base.unet.is_gradient_checkpointing),
-        }
+        """How often it was stepped down, so that a run that goes on is the same."""
+        return {"steps": self._stepped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Step down to there, where the run may step down."""
-        if not self._steps_down:
-            return
-        if state["checkpointing"] and not self._worker.base.unet.is_gradient_checkpointing:
-            self._worker.base.enable_gradient_checkpointing()
-        if state["batch_size"] < self._worker.batch_size:
-            self._worker.batch_size = state["batch_size"]
-            log.info("At most %d pictures go through a pass, as before.", state["batch_size"])
+        """Step down as often."""
+        while self._stepped < state["steps"] and (said := step_down(self._worker, self._base)):
+            self._stepped += 1
+            log.info("Memory has run out before: %s.", said)
 
     def gradients(self, step: int) -> tuple[float, list[str]]:
         """As `TrainStep.gradients`.
@@ -130,7 +124,8 @@ class SteppingDown:
             alone = self._worker.accelerator.num_processes == 1
             said = None
             if alone and self._steps_down:
-                said = step_down(self._worker, self._worker.base)
+                said = step_down(self._worker, self._base)
+                self._stepped += said is not None
             if said is None:
                 kept = "What was saved before is whole."
                 if alone:

@@ -153,6 +153,20 @@ def test_a_step_done_again_with_less_is_the_same_step(worker, monkeypatch, caplo
     assert caplog.text.count("is done again") == 3
 
 
+def test_a_run_that_goes_on_has_stepped_down_as_often(worker, monkeypatch):
+    fails_above(worker, monkeypatch, 1)
+    first, _ = guarded(worker)
+    first.gradients(0)
+    state, size = first.state_dict(), worker.batch_size
+    assert size == 1
+    worker.batch_size = 4
+    worker.base.unet.disable_gradient_checkpointing()
+    second, _ = guarded(worker)
+    second.load_state_dict(state)
+    assert worker.batch_size == 1 and worker.base.unet.is_gradient_checkpointing
+    assert second.state_dict() == state
+
+
 def test_nothing_left_to_step_down_to_saves_and_ends_with_its_status(worker, monkeypatch):
     fails_above(worker, monkeypatch, 0)
     guard, saved = guarded(worker)

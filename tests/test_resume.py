@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 from test_full_disk import losses, plain, saved, straight
 
@@ -231,7 +232,6 @@ def test_what_changes_nothing_that_is_learned_is_free(
         "output.save_every_steps": "1",
         "output.keep_checkpoints": "3",
         "memory.gradient_checkpointing": "true",
-        "train.validate_every_steps": "1",
     }
     assert go_on(run, *flags(free)) == 0
     assert saved(run, 6)[1] == saved(whole, 6)[1] and losses(run) == losses(whole)
@@ -437,3 +437,15 @@ def test_what_a_kill_left_half_removed_goes_when_the_run_goes_on(run_settings, s
     shutil.copytree(run.checkpoint(6), half)
     assert go_on(run) == 0  # complete already
     assert not half.exists()
+
+
+def test_precision_that_was_left_to_the_launcher_is_part_of_the_run(
+    run_settings: Settings, stop_at: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(True)  # as in a process of its own
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = stopped(run_settings, stop_at, 3)
+    AcceleratorState._reset_state(True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    with pytest.raises(RunError, match="'train.mixed_precision' was 'bf16' and is now 'no'"):
+        go_on(run)

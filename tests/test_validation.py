@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_train import resume, stop_at, train
 from test_training_data import data_of
 
+import train_sd_lora
 from lora_sd import inject, validation
 from lora_sd import train as trainer
 from lora_sd.config import config_from_values
@@ -164,7 +165,7 @@ def test_the_best_is_kept_as_it_was_with_its_step(learnt, data, tmp_path):
     )
     metadata = read_header(file).metadata
     assert metadata[validation.BEST_STEP] == "20" and metadata["ss_output_name"] == "mine"
-    assert metadata[validation.BEST_LOSS] == "0.800000"
+    assert float(metadata[validation.BEST_LOSS]) == pytest.approx(0.8)
 
 
 def test_a_best_that_cannot_be_written_is_told_and_tried_again(learnt, data, tmp_path, monkeypatch):
@@ -266,6 +267,42 @@ def test_a_run_that_goes_on_validates_as_one_that_was_not_stopped(validated, mon
     assert numbers[0] == numbers[1] and all("validation_gain" in each for each in numbers[0])
     best = [load_file(one.best_file) for one in (straight, run)]
     assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
+
+
+def test_a_measurement_of_other_pictures_is_forgotten(learnt, data):
+    first = Told(learnt, data, [0.9, 0.5], about="these")
+    first.measure(1)
+    other = Told(learnt, data, [0.9, 0.7], about="those")
+    with heard() as lines:
+        other.load_state_dict(first.state_dict())
+    assert "validation begins anew" in lines[-1]
+    assert other.state_dict() == Told(learnt, data, [0.9], about="those").state_dict()
+
+
+def test_a_better_one_of_an_abandoned_stretch_stays_the_best(learnt, data, tmp_path):
+    best = BestFile(tmp_path / "best.safetensors", torch.float32, "kohya", dict)
+    one = Told(learnt, data, [0.9, 0.5, 0.8, 0.4], best=best)
+    one.measure(1)
+    before = one.state_dict()
+    one.measure(2)
+    one.load_state_dict(before)  # gone back
+    one.measure(3)
+    assert read_header(best.path).metadata[validation.BEST_STEP] == "2"
+    one.measure(4)
+    assert read_header(best.path).metadata[validation.BEST_STEP] == "4"
+
+
+def test_changed_validation_pictures_are_measured_anew(validated, monkeypatch):
+    stop_at(monkeypatch, 3)
+    assert trainer.train(config_from_values(validated), "run") == EXIT_RESUMABLE
+    run = RunFolder(Path(validated["output"]["folder"]) / "run")
+    held_out = Path(validated["data"]["folders"][0]["folder"])
+    Image.new("RGB", (16, 16), "pink").save(held_out / "more.png")
+    (held_out / "more.txt").write_text("a pink wall")
+    assert train_sd_lora.main(["--resume", str(run.path), "--allow-change", "data"]) == 0
+    assert "validation begins anew" in run.log_file.read_text()
+    bases = {m["step"]: m["validation_base"] for m in run.read_metrics() if "validation_base" in m}
+    assert len(set(bases.values())) == 2
 
 
 def test_a_run_without_progress_ends_early_and_is_complete(validated, monkeypatch):
