@@ -8,10 +8,11 @@ demo: .venv/installed
 		--dynamo_backend no train_sd_lora.py --config configs/tiny.yaml
 	$(BIN)/python -m tools.demo
 
-# The app's tests by themselves, since they look at the clock.
+# Those that look at the clock by themselves, the others in two processes.
+TIMED := tests/test_app_browser.py tests/test_families.py
 test: .venv/installed-dev
-	$(BIN)/python -m pytest tests/test_app_browser.py
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_app_browser.py
+	$(BIN)/python -m pytest $(TIMED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TIMED:%=--ignore %)
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

@@ -306,7 +306,7 @@ def test_fingerprints_are_the_same_each_time_and_change_with_late_weights(bases,
     assert prints(load(bases[kind][0])) == first
     for part in PARTS[: 4 if kind == "sdxl" else 3]:
         base = load(bases[kind][0])
-        for weight in getattr(base, part).parameters():
+        for weight in list(getattr(base, part).parameters())[::8]:
             flat = weight.data.view(-1)
             before = flat.clone()
             flat[len(flat) // 2 if part == "unet" else -1 :] += 0.5

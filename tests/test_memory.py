@@ -263,6 +263,7 @@ def test_compiled_blocks_have_the_same_gradients(
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_training_is_compiled_and_any_size_is_after_the_second(unet_inputs, fresh_compiler):
     unet = few_blocks()
     compiled = []

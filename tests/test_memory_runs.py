@@ -9,7 +9,16 @@ from test_train import losses, resume, tensors, train
 from lora_sd.errors import UserError
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+QUICK = ("none", "int8", "all")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(one, marks=() if name in QUICK else pytest.mark.slow, id=name)
+        for name, one in SETTINGS.items()
+    ],
+)
 def test_a_run_ends_with_its_pictures_and_a_whole_file(run_settings, settings):
     run_settings["memory"] = {**settings}
     run_settings["sample"] = {"prompts": ["a red wall"], "steps": 2, "scales": [0.0, 1.0]}

@@ -164,6 +164,7 @@ def plan_of(**values):
     return make_plan(config_from_values(values), measured=False, device="cuda")
 
 
+@pytest.mark.slow
 def test_each_step_down_takes_less_than_the_one_before():
     one = setting("tiny-sd", batch_size=8, like_cuda=True, autocast=BFLOAT16)
     steps = steps_down(one, accumulation=2, tile_px=64)
