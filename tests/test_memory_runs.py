@@ -8,7 +8,6 @@ from test_train import losses, resume, tensors, train
 
 from lora_sd.errors import UserError
 
-
 QUICK = ("none", "int8", "all")
 
 
