@@ -24,9 +24,6 @@ from lora_sd.run_folder import RunFolder
 PROJECT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FIRST_PAGE_S = 8.0
-TORCHAO_S = 2.0
-"""What it takes longer where torchao is installed, as the tests want it and users need not have it:
-diffusers and transformers import it at every start."""
 NO_BROWSER = (
     "No browser for this test. On Debian: apt-get install chromium; elsewhere: "
     "python -m playwright install chromium. Its Python side: pip install -r requirements-dev.txt"
@@ -330,6 +327,16 @@ def test_the_newest_result_is_chosen_where_none_was_by_hand(app: App, browser) -
     assert page.get_by_role("option").all_inner_texts()[0].endswith("owl")
 
 
+def imports_s() -> float:
+    """How long this machine takes now to import the libraries that the app stands on; the first page
+    took 0.9 of that. torchao, which the tests want and users need not have, is imported with them.
+    """
+    began = time.monotonic()
+    libraries = "import gradio; from diffusers import StableDiffusionPipeline"
+    subprocess.run([sys.executable, "-c", libraries], check=True, capture_output=True)
+    return time.monotonic() - began
+
+
 def test_first_page_comes_soon_and_strangers_get_nothing(tmp_path: Path, browser) -> None:
     app, seen = App(tmp_path / "outputs"), Seen()
     began = time.monotonic()
@@ -339,7 +346,7 @@ def test_first_page_comes_soon_and_strangers_get_nothing(tmp_path: Path, browser
         page.get_by_role("button", name="Start training").wait_for()
         took = time.monotonic() - began
         print(f"first page after {took:.1f} s")
-        assert took <= FIRST_PAGE_S + TORCHAO_S
+        assert took <= max(FIRST_PAGE_S, 1.5 * imports_s())
         page.get_by_role("tab", name="Generate").click()
         page.get_by_text("No adapters yet").wait_for()
         page.locator("#generate").click()

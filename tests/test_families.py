@@ -1,5 +1,6 @@
 """The family of an adapter file is told from its header alone."""
 
+import json
 import subprocess
 import sys
 import time
@@ -153,18 +154,32 @@ print(time.process_time() - start)
 """
 
 
-def test_a_header_is_read_and_judged_within_50_ms(path):
-    """CPU time, of SDXL's whole file; cold it is detect_family alone, which reads the header."""
+def parsing_s(path):
+    """CPU time of the header's JSON alone, which tells how fast this machine is now."""
+    data = path.read_bytes()
+    text = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    took = []
+    for _ in range(5):
+        start = time.process_time()
+        json.loads(text)
+        took.append(time.process_time() - start)
+    return min(took)
+
+
+def test_a_header_is_read_and_judged_in_a_moment(path):
+    """SDXL's whole file, in 50 ms; longer only where the machine is slow at parsing JSON, too. Cold it
+    is detect_family alone, which reads the header."""
     save_adapter(adapter_of("sdxl"), path)
+    limit_s = max(0.05, 20 * parsing_s(path))
     took = []
     for _ in range(4):  # the first builds the tables of names; the garbage collector may run in one
         start = time.process_time()
         assert len(read_header(path).tensors) > 3000
         assert detect_family(path) == "sdxl"
         took.append(time.process_time() - start)
-    assert min(took[1:]) < 0.05  # measured: 0.02
+    assert min(took[1:]) < limit_s
     cold = [
         subprocess.check_output([sys.executable, "-c", COLD, path], cwd=PROJECT, text=True)
         for _ in range(2)
     ]
-    assert min(map(float, cold)) < 0.05  # measured: 0.03
+    assert min(map(float, cold)) < limit_s
