@@ -328,9 +328,8 @@ def test_the_newest_result_is_chosen_where_none_was_by_hand(app: App, browser) -
 
 
 def imports_s() -> float:
-    """How long this machine takes now to import the libraries that the app stands on; the first page
-    took 0.9 of that. torchao, which the tests want and users need not have, is imported with them.
-    """
+    """How long this machine takes now to import the libraries that the app stands on, of which the
+    first page took 0.9. torchao is among them, which the tests want and users need not have."""
     began = time.monotonic()
     libraries = "import gradio; from diffusers import StableDiffusionPipeline"
     subprocess.run([sys.executable, "-c", libraries], check=True, capture_output=True)

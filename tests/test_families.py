@@ -167,8 +167,8 @@ def parsing_s(path):
 
 
 def test_a_header_is_read_and_judged_in_a_moment(path):
-    """SDXL's whole file, in 50 ms; longer only where the machine is slow at parsing JSON, too. Cold it
-    is detect_family alone, which reads the header."""
+    """SDXL's whole file, in 50 ms; longer only where the machine is slow at parsing JSON, too.
+    Cold it is detect_family alone, which reads the header."""
     save_adapter(adapter_of("sdxl"), path)
     limit_s = max(0.05, 20 * parsing_s(path))
     took = []
