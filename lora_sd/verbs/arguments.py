@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from lora_sd import durable
 from lora_sd.errors import ConfigError, UserError, nearest
@@ -135,3 +135,23 @@ def tell_written(path: Path, facts: Iterable[str], notices: Iterable[str]) -> No
     print(f"'{path}': {', '.join(facts)}")
     for notice in notices:
         print(notice)
+
+
+def add_trainer_settings(parser: argparse.ArgumentParser) -> None:
+    """Take every setting of the trainer as a flag, too; `options.settings` keeps them as they were
+    typed, for `parse_command_line`."""
+    from lora_sd.config import settings  # slow to import, and two verbs want it
+
+    parser.set_defaults(settings=[])
+    for name, field in settings():
+        takes = 0 if field.annotation is bool else None
+        names = [f"--{name}", f"--no-{name}"] if takes == 0 else [f"--{name}"]
+        parser.add_argument(*names, nargs=takes, action=_Setting, help=argparse.SUPPRESS)
+
+
+class _Setting(argparse.Action):
+    """Keeps a flag of the trainer for `parse_command_line`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
+        given = [] if values == [] else [values]
+        namespace.settings = [*namespace.settings, flag, *given]

@@ -3,18 +3,16 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_sd import durable
 from lora_sd.config import Config, config_from_values, parse_command_line, read_yaml
-from lora_sd.config import settings as known_settings
 from lora_sd.data.findings import counted
 from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.report import as_json, make_report
 from lora_sd.data.report.base_facts import base_facts
 from lora_sd.data.report.facts import CheckedPicture, Report, shown_number
 from lora_sd.errors import EXIT_USER_ERROR, printable, shown_size
-from lora_sd.verbs.arguments import check_output
+from lora_sd.verbs.arguments import add_trainer_settings, check_output
 
 DESCRIPTION = """\
 Say what would become of each picture of a folder: its size for training, what is cut off, its
@@ -45,19 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="write the report even if the file exists already"
     )
-    parser.set_defaults(settings=[])
-    for name, field in known_settings():
-        takes = 0 if field.annotation is bool else None
-        names = [f"--{name}", f"--no-{name}"] if takes == 0 else [f"--{name}"]
-        parser.add_argument(*names, nargs=takes, action=_Setting, help=argparse.SUPPRESS)
-
-
-class _Setting(argparse.Action):
-    """Keeps a flag of the trainer for `parse_command_line`."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
-        given = [] if values == [] else [values]
-        namespace.settings = [*namespace.settings, flag, *given]
+    add_trainer_settings(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_sd.config import parse_command_line
 from lora_sd.config.settings import Config, config_from_values, read_yaml
-from lora_sd.config.settings import settings as known_settings
 from lora_sd.errors import printable, shown_size
+from lora_sd.verbs.arguments import add_trainer_settings
 
 if TYPE_CHECKING:
     from lora_sd.plan import Plan
@@ -39,19 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="here",
         help="plan for a GPU of NVIDIA's or for the CPU (default: what is here)",
     )
-    parser.set_defaults(settings=[])
-    for name, field in known_settings():
-        takes = 0 if field.annotation is bool else None
-        names = [f"--{name}", f"--no-{name}"] if takes == 0 else [f"--{name}"]
-        parser.add_argument(*names, nargs=takes, action=_Setting, help=argparse.SUPPRESS)
-
-
-class _Setting(argparse.Action):
-    """Keeps a flag of the trainer for `parse_command_line`."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
-        given = [] if values == [] else [values]
-        namespace.settings = [*namespace.settings, flag, *given]
+    add_trainer_settings(parser)
 
 
 def run(options: argparse.Namespace) -> int:
