@@ -10,15 +10,16 @@ from PIL import Image
 from ui_fake_trainer import fake_trainer, state, wait_for  # noqa: F401
 
 from lora_sd.ui import fields
-from lora_sd.ui.data_report import SAID_ABOVE, check_pictures
+from lora_sd.ui.data.report import SAID_ABOVE, check_pictures
 from lora_sd.ui.launch import Trainer
-from lora_sd.ui.train_handlers import TrainHandlers
+from lora_sd.ui.train.handlers import TrainHandlers
+from lora_sd.ui.workplace import Workplace
 
 
 @pytest.fixture
 def handlers(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainHandlers:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "fetched"))
-    return TrainHandlers(trainer.outputs, tmp_path / "more", trainer)
+    return TrainHandlers(Workplace(trainer.outputs, tmp_path / "more", trainer))
 
 
 def form(handlers: TrainHandlers, **changes: Any) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import pytest
 from make_bases import published_shapes
 
 from lora_sd.config import Config, config_from_values, read_yaml
-from lora_sd.ui import family_settings, fields
-from lora_sd.ui.family_settings import CONFIGS, FamilySettings, follow, settings_of
+from lora_sd.ui import fields
+from lora_sd.ui.train import family_settings
+from lora_sd.ui.train.family_settings import CONFIGS, FamilySettings, follow, settings_of
 
 XL = "nobody/some-xl-model"
 

@@ -10,8 +10,8 @@ from lora_sd.config import Config, config_from_values, read_yaml
 from lora_sd.errors import UserError
 from lora_sd.ui import fields
 from lora_sd.ui.launch import PROJECT
-from lora_sd.ui.more_settings import MAIN_FIELDS, folded_settings
-from lora_sd.ui.train_handlers import OWN_FIELDS
+from lora_sd.ui.train.handlers import OWN_FIELDS
+from lora_sd.ui.train.more_settings import MAIN_FIELDS, folded_settings
 
 
 @pytest.mark.parametrize("file", [None, *sorted((PROJECT / "configs").glob("*.yaml"))])

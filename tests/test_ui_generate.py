@@ -14,8 +14,10 @@ from lora_sd.base_loading import load_base_model
 from lora_sd.errors import UserError
 from lora_sd.formats import save_adapter
 from lora_sd.run_folder import RunFolder
-from lora_sd.ui import adapters
-from lora_sd.ui.generate_handlers import BY_HAND, GenerateHandlers
+from lora_sd.ui.adapters import offered as adapters
+from lora_sd.ui.generate.handlers import BY_HAND, GenerateHandlers
+from lora_sd.ui.launch import Trainer
+from lora_sd.ui.workplace import Workplace
 
 
 def wish(**changes: Any) -> dict[str, Any]:
@@ -66,13 +68,13 @@ def test_wishes_are_checked(tmp_path: Path, changes: dict[str, Any], words: str)
     run.config_file.write_text("{}")
     run.adapter_file.write_bytes(b"")
     with pytest.raises(UserError, match=words) as caught:
-        GenerateHandlers(tmp_path).request(wish(**changes))
+        GenerateHandlers(Workplace(tmp_path, None, Trainer(tmp_path))).request(wish(**changes))
     assert len(caught.value.problems) == 1
 
 
 def test_pictures_by_scale_and_uploads(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
-    handlers = GenerateHandlers(tmp_path)
+    handlers = GenerateHandlers(Workplace(tmp_path, None, Trainer(tmp_path)))
     counted: list[int] = []
 
     def count(done: int, total: int) -> bool:
@@ -93,10 +95,12 @@ def test_pictures_by_scale_and_uploads(tmp_path: Path) -> None:
     assert strip.width > 5 * before.width
 
     # cancelled: a sentence, and the weights are the base's again
-    handlers.begin("page")
-    handlers.cancel("page")
+    handlers.cancelling.begin("page")
+    handlers.cancelling.cancel("page")
     with pytest.raises(UserError, match="Cancelled"):
-        handlers.strip(handlers.request(wish(seed=7)), lambda *_: handlers.is_cancelled("page"))
+        handlers.strip(
+            handlers.request(wish(seed=7)), lambda *_: handlers.cancelling.is_cancelled("page")
+        )
     handlers._pictures.clear()
     again, _ = handlers.before_and_after(handlers.request(wish()), count)
     assert again.tobytes() == before.tobytes()
@@ -137,7 +141,7 @@ def test_downloads_are_copies_under_the_runs_name(
 
 
 def test_the_newest_result_is_chosen_unless_another_was_by_hand(tmp_path: Path) -> None:
-    handlers = GenerateHandlers(tmp_path)
+    handlers = GenerateHandlers(Workplace(tmp_path, None, Trainer(tmp_path)))
     assert handlers.to_choose(None, None) is None
 
     def write(name: str, at: int, checkpoint: int | None = None) -> None:

@@ -14,7 +14,7 @@ from lora_sd.errors import RunError
 from lora_sd.run_folder import RunFolder, Status
 from lora_sd.ui import launch
 from lora_sd.ui.launch import Trainer
-from lora_sd.ui.run_view import read_run
+from lora_sd.ui.train.run_view import read_run
 
 
 def test_a_run_is_started_watched_and_finishes(trainer: Trainer) -> None:

@@ -13,13 +13,15 @@ from ui_fake_trainer import fake_trainer, state, wait_for  # noqa: F401
 from lora_sd.base_files import pickles
 from lora_sd.errors import DataError
 from lora_sd.run_folder import RunFolder, Status
-from lora_sd.ui import fields, pictures
+from lora_sd.ui import fields
+from lora_sd.ui.curves import loss_curve
+from lora_sd.ui.data import pictures
 from lora_sd.ui.launch import Trainer
-from lora_sd.ui.loss_curve import loss_curve
-from lora_sd.ui.run_panel import changes
-from lora_sd.ui.run_view import card_html, duration, read_run
 from lora_sd.ui.show import sentences_html
-from lora_sd.ui.train_handlers import EXAMPLE, TrainHandlers
+from lora_sd.ui.train.handlers import EXAMPLE, TrainHandlers
+from lora_sd.ui.train.run_panel import changes
+from lora_sd.ui.train.run_view import card_html, duration, read_run
+from lora_sd.ui.workplace import Workplace
 
 
 def test_loss_curve_ends_at_the_last_step_and_skips_what_is_no_number() -> None:
@@ -86,7 +88,7 @@ def test_durations() -> None:
 
 @pytest.fixture
 def handlers(trainer: Trainer) -> TrainHandlers:
-    return TrainHandlers(trainer.outputs, None, trainer)
+    return TrainHandlers(Workplace(trainer.outputs, None, trainer))
 
 
 def form(handlers: TrainHandlers, **changes: Any) -> dict[str, Any]:

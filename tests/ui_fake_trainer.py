@@ -12,7 +12,7 @@ import pytest
 
 from lora_sd.config import Config, config_from_values
 from lora_sd.ui.launch import PROJECT, Trainer
-from lora_sd.ui.run_view import read_run
+from lora_sd.ui.train.run_view import read_run
 
 # As `accelerate launch` does: starts the trainer, waits, and leaves it behind when killed.
 FAKE_LAUNCHER = "import subprocess, sys; sys.exit(subprocess.Popen(sys.argv[1:]).wait())"

@@ -12,7 +12,7 @@ from textwrap import dedent
 from PIL import Image
 
 from lora_sd.ui import fields
-from lora_sd.ui.pictures import PREVIEWS, counted, preview
+from lora_sd.ui.data.pictures import PREVIEWS, counted, preview
 
 SHOWN_PX = 512
 _WORD = r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""  # of a command line

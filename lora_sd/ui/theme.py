@@ -9,7 +9,7 @@ from gradio.themes.utils.fonts import LocalFont
 
 from lora_sd.data.report.html import STYLE as DATA_REPORT_STYLE
 
-STYLE = Path(__file__).with_name("style.css")
+STYLES = Path(__file__).parent  # style.css of the page, then each tab's own
 RED = colors.Color(
     name="red", c50="#fdf3f0", c100="#fbe4dd", c200="#f6c6b9", c300="#efa08c", c400="#e67a60",
     c500="#d9553a", c600="#c4432a", c700="#a33521", c800="#7d2a1c", c900="#5a2016", c950="#38130d",
@@ -88,6 +88,10 @@ def launch_options() -> dict[str, Any]:
     head = f'<link rel="icon" href="{ICON}">'
     return {
         "theme": theme,
-        "css": STYLE.read_text(encoding="utf-8") + DATA_REPORT_STYLE,
+        "css": "".join(
+            path.read_text(encoding="utf-8")
+            for path in [STYLES / "style.css", *sorted(STYLES.glob("*/style.css"))]
+        )
+        + DATA_REPORT_STYLE,
         "head": head,
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from lora_sd.ui.generate_handlers import MOST_SCALE, MOST_STEPS
+from lora_sd.ui.generate.handlers import MOST_SCALE, MOST_STEPS
 
 EMPTY = (
     '<section class="empty"><svg viewBox="0 0 64 40" aria-hidden="true">'

@@ -16,9 +16,10 @@ from lora_sd.data.candidates import NO_CAPTION
 from lora_sd.data.report.facts import Report
 from lora_sd.data.report.html import page, piece
 from lora_sd.errors import UserError
-from lora_sd.ui import fields, pictures
+from lora_sd.ui import fields
+from lora_sd.ui.data import pictures
 from lora_sd.ui.show import sentences_html
-from lora_sd.ui.train_handlers import TrainHandlers
+from lora_sd.ui.train.handlers import TrainHandlers
 from lora_sd.verbs.check_data import check
 
 MOST_DRAWN = 60

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import gradio as gr
 
 from lora_sd.ui import fields
-from lora_sd.ui.train_handlers import OWN_FIELDS
+from lora_sd.ui.train.handlers import OWN_FIELDS
 
 MAIN_FIELDS = (
     "data.trigger_word", "data.caption", "output.name", "base.model", "train.steps",

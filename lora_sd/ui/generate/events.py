@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from lora_sd.errors import UserError
-from lora_sd.ui.adapters import OfferedAdapter, download_copy
-from lora_sd.ui.generate_handlers import (
+from lora_sd.ui.adapters.offered import OfferedAdapter, download_copy
+from lora_sd.ui.generate.handlers import (
     BY_HAND,
     MOST_SEED,
     MOST_STEPS,
@@ -17,7 +17,7 @@ from lora_sd.ui.generate_handlers import (
     OnStep,
     Request,
 )
-from lora_sd.ui.generate_tab import NOTHING, GenerateTab
+from lora_sd.ui.generate.tab import NOTHING, GenerateTab
 from lora_sd.ui.show import enlarged, sentences_html
 
 _PROGRESS = gr.Progress()
@@ -52,16 +52,16 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
 
         def on_step(done: int, total: int) -> bool:
             progress((done, total), desc="Drawing", unit="steps")
-            return handlers.is_cancelled(_id(page))
+            return handlers.cancelling.is_cancelled(_id(page))
 
         return on_step
 
     def begin(page: gr.Request) -> dict[str, Any]:
-        handlers.begin(_id(page))
+        handlers.cancelling.begin(_id(page))
         return gr.update(visible=True)
 
     def press_cancel(page: gr.Request) -> None:
-        handlers.cancel(_id(page))
+        handlers.cancelling.cancel(_id(page))
 
     def press_draw(
         data: dict[Any, Any], page: gr.Request, progress: gr.Progress = _PROGRESS
@@ -100,7 +100,7 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
     def release_scale(
         data: dict[Any, Any], page: gr.Request, progress: gr.Progress = _PROGRESS
     ) -> dict[Any, Any]:
-        handlers.begin(_id(page))
+        handlers.cancelling.begin(_id(page))
         return press_draw(data, page, progress) if data[tab.has_pair] else gr.skip()
 
     def choose_adapter(chosen: object, written: object) -> dict[Any, Any]:

@@ -7,13 +7,14 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from lora_sd.ui import fields, pictures
-from lora_sd.ui.data_report import build_data_report, wire_data_report
-from lora_sd.ui.family_settings import follow
-from lora_sd.ui.more_settings import build_more_settings
-from lora_sd.ui.run_panel import RunPanel, build_run_panel
+from lora_sd.ui import fields
+from lora_sd.ui.data import pictures
+from lora_sd.ui.data.report import build_data_report, wire_data_report
 from lora_sd.ui.show import layers_html, sentences_html, thumbs_html
-from lora_sd.ui.train_handlers import Shown, TrainHandlers
+from lora_sd.ui.train.family_settings import follow
+from lora_sd.ui.train.handlers import Shown, TrainHandlers
+from lora_sd.ui.train.more_settings import build_more_settings
+from lora_sd.ui.train.run_panel import RunPanel, build_run_panel
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from typing import Any
 from lora_sd.config import EXAMPLE_FOLDER, Config, config_from_values, read_yaml
 from lora_sd.errors import ConfigError, DataError, UserError
 from lora_sd.run_folder import NAME_PATTERN, list_runs
-from lora_sd.ui import fields, pictures
-from lora_sd.ui.adapters import OfferedAdapter, find_adapter
-from lora_sd.ui.family_settings import FamilySettings, settings_of
-from lora_sd.ui.launch import PROJECT, Trainer
-from lora_sd.ui.pictures import PictureFolder, Upload
-from lora_sd.ui.run_view import RunView, read_run
+from lora_sd.ui import fields
+from lora_sd.ui.adapters.offered import OfferedAdapter, find_adapter
+from lora_sd.ui.data import pictures
+from lora_sd.ui.data.pictures import PictureFolder, Upload
+from lora_sd.ui.launch import PROJECT
+from lora_sd.ui.train.family_settings import FamilySettings, settings_of
+from lora_sd.ui.train.run_view import RunView, read_run
+from lora_sd.ui.workplace import Workplace
 
 STARTING_CONFIG = PROJECT / "configs" / "tiny.yaml"
 EXAMPLE = f"example/{Path(EXAMPLE_FOLDER).name}"
@@ -56,21 +58,18 @@ class TrainHandlers:
     """The Train tab's handlers.
 
     Args:
-        outputs: the folder of all runs.
-        more_pictures: a folder whose folders of pictures are offered beside the example.
+        place: what all tabs work on.
         make_room: called before a training begins, to free memory that it may need.
     """
 
     def __init__(
         self,
-        outputs: Path,
-        more_pictures: Path | None,
-        trainer: Trainer,
+        place: Workplace,
         make_room: Callable[[], None] = lambda: None,
     ) -> None:
-        self.outputs = outputs
-        self.more_pictures = more_pictures
-        self.trainer = trainer
+        self.outputs = place.outputs
+        self.more_pictures = place.pictures
+        self.trainer = place.trainer
         self._make_room = make_room
 
     def starting_config(self) -> Config:

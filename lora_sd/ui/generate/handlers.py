@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_sd.errors import AdapterError, ConfigError, UserError
-from lora_sd.ui.adapters import OfferedAdapter, add_upload, find_adapter, offered_adapters
+from lora_sd.ui.adapters.offered import OfferedAdapter, add_upload, find_adapter, offered_adapters
+from lora_sd.ui.cancelling import Cancelling
+from lora_sd.ui.workplace import Workplace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,16 +63,16 @@ class GenerateHandlers:
     """The Generate tab's handlers.
 
     Args:
-        outputs: the folder of all runs.
+        place: what all tabs work on.
     """
 
-    def __init__(self, outputs: Path) -> None:
-        self.outputs = outputs
+    def __init__(self, place: Workplace) -> None:
+        self.outputs = place.outputs
         self._lock = threading.Lock()
         self._loaded: tuple[str, _Loaded] | None = None
         self._adapter: tuple[Any, Adapter] | None = None
         self._pictures: OrderedDict[Any, Image] = OrderedDict()
-        self._cancelled: set[str] = set()
+        self.cancelling = Cancelling()
 
     def adapters(self) -> list[OfferedAdapter]:
         """The adapters that can be chosen."""
@@ -176,18 +178,6 @@ class GenerateHandlers:
                 words = [problem.replace(str(path), path.name) for problem in error.problems]
                 raise AdapterError(words) from None
         return add_upload(self.outputs, path)
-
-    def begin(self, page: str) -> None:
-        """An open page is about to draw: forget that it cancelled before."""
-        self._cancelled.discard(page)
-
-    def cancel(self, page: str) -> None:
-        """Stop drawing for an open page, after the denoising step that is under way."""
-        self._cancelled.add(page)
-
-    def is_cancelled(self, page: str) -> bool:
-        """Whether that page asked to stop."""
-        return page in self._cancelled
 
     def warm_up(self) -> None:
         """Import the slow libraries before they are needed; no model takes memory yet."""

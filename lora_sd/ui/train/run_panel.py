@@ -8,11 +8,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from lora_sd.ui.adapters import download_copy
-from lora_sd.ui.loss_curve import loss_curve
-from lora_sd.ui.run_view import RunView, card_html
+from lora_sd.ui.adapters.offered import download_copy
+from lora_sd.ui.curves import loss_curve
 from lora_sd.ui.show import enlarged, sentences_html
-from lora_sd.ui.train_handlers import TrainHandlers
+from lora_sd.ui.train.handlers import TrainHandlers
+from lora_sd.ui.train.run_view import RunView, card_html
 
 LOOK_EVERY_S = 1.5
 EMPTY = (

@@ -1,0 +1,1 @@
+"""The Adapters tab: all runs and imported files."""

@@ -1,0 +1,1 @@
+"""The Generate tab: pictures with adapters."""

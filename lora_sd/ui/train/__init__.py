@@ -1,0 +1,1 @@
+"""The Train tab: settings, start, and the run as it goes."""
