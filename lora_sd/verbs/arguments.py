@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from lora_sd import durable
 from lora_sd.errors import ConfigError, UserError, nearest
@@ -12,6 +12,14 @@ DTYPES = ("float16", "bfloat16", "float32")
 FORMATS = ("kohya", "diffusers")
 
 Item = TypeVar("Item")
+
+
+class Watch(Protocol):
+    """Wraps a verb's walk, to show how far it is, or to end it by raising."""
+
+    def __call__(
+        self, items: Iterable[Item], what: str, total: int | None = None, unit: str = "layer"
+    ) -> Iterable[Item]: ...
 
 
 class Parser(argparse.ArgumentParser):

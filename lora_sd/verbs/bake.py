@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_sd import durable
 from lora_sd.errors import Problems, UserError, shown_list, shown_size
 from lora_sd.verbs.arguments import (
+    Watch,
     add_allow_partial,
     add_dtype,
     progress,
@@ -67,6 +68,7 @@ def bake(
     dtype: str | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
+    watch: Watch = progress,
 ) -> Baked:
     """Write a base model with adapters in it.
 
@@ -76,6 +78,7 @@ def bake(
         output: a `.safetensors` file in the original layout, or else a diffusers folder.
         dtype: 'float16', 'bfloat16', 'float32'; None: each tensor's own.
         allow_partial: leave out what of an adapter cannot be read.
+        watch: as of `arguments.progress`.
 
     Raises:
         BaseModelError: the base cannot be read.
@@ -106,14 +109,14 @@ def bake(
     adapters = [(one.adapter, scales) for one, (_, scales) in zip(found, sources, strict=True)]
     chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
     recipe = Recipe(files, gather_updates(files, adapters), chosen)
-    watch = partial(progress, what="baking", unit="tensor")
+    each = partial(watch, what="baking", unit="tensor")
     files_left_out: list[str] = []
     with durable.staged(output, overwrite) as path:
         if is_single_file(output):
             names = [source.stem for source, _ in sources]
-            write_single_file(recipe, path, checkpoint_metadata(files, output.stem, names), watch)
+            write_single_file(recipe, path, checkpoint_metadata(files, output.stem, names), each)
         else:
-            files_left_out = write_folder(recipe, path, watch)
+            files_left_out = write_folder(recipe, path, each)
     written = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
     return Baked(
         layers=len(recipe.updates),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_sd.errors import AdapterError, ConfigError, shown_size
 from lora_sd.verbs.arguments import (
+    Watch,
     add_allow_partial,
     add_base,
     add_dtype,
@@ -68,6 +69,7 @@ def combine(
     dtype: str | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
+    watch: Watch = progress,
 ) -> Combined:
     """Write the sum of several adapters, in kohya's format where that holds all of it.
 
@@ -79,6 +81,7 @@ def combine(
         dtype: 'float16', 'bfloat16', 'float32'; None: the sources' own, or float32 where they
             differ.
         allow_partial: leave out what of an adapter cannot be read.
+        watch: as of `arguments.progress`.
 
     Raises:
         AdapterError: an adapter cannot be read, they belong to different models, DoRA layers need
@@ -110,8 +113,9 @@ def combine(
         for source, (_, scales) in zip(found, sources, strict=True)
     ]
     limit = RankLimit(rank, conv_rank, energy)
-    watch = partial(progress, what="combining")
-    adapter, error = combined(ingredients, limit, base_reader(base), watch)
+    adapter, error = combined(
+        ingredients, limit, base_reader(base), partial(watch, what="combining")
+    )
     dtypes = {source.dtype for source in found}
     own = dtypes.pop() if len(dtypes) == 1 else torch.float32
     chosen = getattr(torch, dtype) if dtype else own

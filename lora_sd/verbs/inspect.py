@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_sd import durable
 from lora_sd.errors import shown_size
 from lora_sd.verbs.arguments import (
+    Watch,
     add_allow_partial,
     add_base,
     check_output,
@@ -58,13 +59,16 @@ class Inspection:
     notes: list[str]
 
 
-def inspect(path: Path, base: str | None = None, allow_partial: bool = False) -> Inspection:
+def inspect(
+    path: Path, base: str | None = None, allow_partial: bool = False, watch: Watch = progress
+) -> Inspection:
     """Read an adapter file and compute its numbers.
 
     Args:
         base: a base model, for norms relative to its weights: 'tiny-sd', a diffusers folder or a
             .safetensors file; or its family, which has no weights.
         allow_partial: leave out what of the file cannot be read.
+        watch: as of `arguments.progress`.
 
     Raises:
         AdapterError: the file is damaged, or belongs to another model than `base`.
@@ -80,7 +84,7 @@ def inspect(path: Path, base: str | None = None, allow_partial: bool = False) ->
             f"Norms relative to the base need its weights, and '{base}' is only a family's name: "
             f"give --base a diffusers folder or a .safetensors file."
         )
-    facts = list(progress(layer_facts(adapter, read), "inspecting", len(adapter.layers)))
+    facts = list(watch(layer_facts(adapter, read), "inspecting", len(adapter.layers)))
     weights = (tensor for w in adapter.layers.values() for tensor in (w.down, w.up))
     return Inspection(
         path=path,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_sd.errors import AdapterError, ConfigError, shown_size
 from lora_sd.verbs.arguments import (
+    Watch,
     add_allow_partial,
     add_base,
     add_dtype,
@@ -66,6 +67,7 @@ def resize(
     dtype: str | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
+    watch: Watch = progress,
 ) -> Resized:
     """Write an adapter at a lower rank, in its own format.
 
@@ -78,6 +80,7 @@ def resize(
         base: the base model or family, where the adapter's layers do not tell.
         dtype: 'float16', 'bfloat16', 'float32'; None: the source's.
         allow_partial: leave out what of the source cannot be read.
+        watch: as of `arguments.progress`.
 
     Raises:
         ConfigError: no limit is given, or one that cannot be.
@@ -97,10 +100,10 @@ def resize(
     found = read_source(source, base, allow_partial)
     chosen = found.chosen_dtype(dtype)
     limit = RankLimit(rank, conv_rank, energy)
-    values = spectra(found.adapter, partial(progress, what="measuring"))
+    values = spectra(found.adapter, partial(watch, what="measuring"))
     if size_bytes is not None:
-        return _to_size(found, output, limit, values, size_bytes, chosen)
-    adapter, error = resized(found.adapter, limit, values, partial(progress, what="resizing"))
+        return _to_size(found, output, limit, values, size_bytes, chosen, watch)
+    adapter, error = resized(found.adapter, limit, values, partial(watch, what="resizing"))
     notices = found.notes + write_result(
         adapter, output, chosen, found.format, found.family, found.shapes
     )
@@ -114,6 +117,7 @@ def _to_size(
     values: dict[str, "torch.Tensor"],
     size_bytes: int,
     dtype: "torch.dtype",
+    watch: Watch,
 ) -> Resized:
     """Resize and write beside the output until the file fits; only then is it moved there.
 
@@ -132,9 +136,7 @@ def _to_size(
             tried = limit_for_size(found.adapter, values, room, dtype.itemsize, limit)
             if tried is None:
                 raise AdapterError(_too_small(found, size_bytes, header_bytes, dtype.itemsize))
-            adapter, error = resized(
-                found.adapter, tried, values, partial(progress, what="resizing")
-            )
+            adapter, error = resized(found.adapter, tried, values, partial(watch, what="resizing"))
             notices = found.notes + write_result(
                 adapter, staged, dtype, found.format, found.family, found.shapes
             )
