@@ -1,6 +1,5 @@
 """The Train tab: its handlers, and what it shows of a run."""
 
-import math
 import re
 from html import escape
 from pathlib import Path
@@ -14,7 +13,6 @@ from lora_sd.base_files import pickles
 from lora_sd.errors import DataError
 from lora_sd.run_folder import RunFolder, Status
 from lora_sd.ui import fields
-from lora_sd.ui.curves import loss_curve
 from lora_sd.ui.data import pictures
 from lora_sd.ui.launch import Trainer
 from lora_sd.ui.show import sentences_html
@@ -22,19 +20,6 @@ from lora_sd.ui.train.handlers import EXAMPLE, TrainHandlers
 from lora_sd.ui.train.run_panel import changes
 from lora_sd.ui.train.run_view import card_html, duration, read_run
 from lora_sd.ui.workplace import Workplace
-
-
-def test_loss_curve_ends_at_the_last_step_and_skips_what_is_no_number() -> None:
-    html = loss_curve([(1, 1.0), (2, math.nan), (3, 0.5)], 6)
-    assert "at step 3" in html and "nan" not in html
-    assert 'style="left:50.0%' in html
-    assert loss_curve([], 10) == ""
-    assert html.count("<polyline") == 2
-
-
-def test_a_short_run_s_axis_ends_with_the_run() -> None:
-    html = loss_curve([(n, 1 / n) for n in range(1, 10)], 60)
-    assert html.count('class="tick-x"') == 4 and 'left:100.0%">60<' in html
 
 
 @pytest.mark.parametrize("files", [["a b.ckpt"], ["one.bin", "two's.bin"]])
@@ -50,10 +35,6 @@ def test_a_command_is_code_of_its_own(trainer: Trainer, files: list[str]) -> Non
     card = card_html(read_run(trainer, "run"))
     assert code + " Set &#x27;Steps&#x27; to less." in card and "&lt;model&gt;" in card
     assert "<code" not in sentences_html(["Nothing to run, with: python -c x"])
-
-
-def test_a_long_curve_stays_small() -> None:
-    assert len(loss_curve([(n, 1 / n) for n in range(1, 100_000)], 100_000)) < 20_000
 
 
 def test_card_escapes_what_a_run_says(trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ import gradio as gr
 from PIL import Image
 
 from lora_sd.ui.adapters.offered import download_copy
-from lora_sd.ui.curves import loss_curve
+from lora_sd.ui.curves import Drawn, loss_curve
 from lora_sd.ui.show import enlarged, sentences_html
 from lora_sd.ui.train.handlers import TrainHandlers
 from lora_sd.ui.train.run_view import RunView, card_html
@@ -138,7 +138,7 @@ def _stamps(handlers: TrainHandlers, view: RunView) -> dict[str, Any]:
         "resume": view.can_resume,
         "use": (view.has_adapter, view.tone),
         "download": (result := handlers.result(view.name)) and result.stamp(),
-        "curve": (view.name, len(view.losses), view.losses[-1:], view.steps),
+        "curve": (view.name, view.course.loss[-1:], view.steps),
         "samples_title": _step_of(view),
         "samples": [_file_stamp(file) for file in view.samples],
         "grid_title": view.grid is not None,
@@ -167,7 +167,8 @@ def _update(name: str, handlers: TrainHandlers, view: RunView) -> Any:
             file = str(download_copy(result)) if result else None
             return gr.update(value=file, visible=file is not None)
         case "curve":
-            return gr.update(value=loss_curve(view.losses, view.steps), visible=bool(view.losses))
+            html = loss_curve([Drawn(view.name, view.course, view.steps)])
+            return gr.update(value=html, visible=bool(view.course.loss))
         case "samples":
             pictures = [_sample(file) for file in view.samples]
             return gr.update(value=pictures, visible=bool(pictures))

@@ -1,18 +1,17 @@
 """What the page says about a run, read from its folder alone."""
 
-import math
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lora_sd.run_folder import STALE_AFTER_S, WORKING, RunFolder, Status
 from lora_sd.ui import fields
 from lora_sd.ui.launch import Trainer
+from lora_sd.ui.metrics import RECENT_STEPS, Course, read_course
 from lora_sd.ui.show import sentence_html
 
 Tone = Literal["busy", "good", "calm", "bad"]
-RECENT_STEPS = 50  # over which speed is measured
 LOG_LINES = 40
 
 
@@ -26,8 +25,7 @@ class RunView:
     message: str = ""
     step: int = 0
     steps: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    images_per_s: float | None = None
+    course: Course = Course()
     seconds_left: float | None = None
     can_stop: bool = False
     can_resume: bool = False
@@ -51,7 +49,10 @@ def read_run(trainer: Trainer, name: str) -> RunView:
         _began(view, status, trainer)
     if status is not None:
         view.step, view.steps = status.step, status.steps
-        _read_metrics(view, run, working=view.tone == "busy" and not starting)
+        view.course = read_course(run.metrics_file)
+        step_s = view.course.step_s
+        if step_s is not None and view.tone == "busy" and not starting:
+            view.seconds_left = step_s * max(0, view.steps - view.step)
     view.can_stop = view.can_stop and not trainer.is_stopping(name)
     if trainer.is_stopping(name):
         view.badge, view.message = "Stopping", "Finishing this step and saving it."
@@ -119,27 +120,6 @@ def _busy_badge(status: Status) -> str:
     return badges.get(status.state, "Training")
 
 
-def _read_metrics(view: RunView, run: RunFolder, working: bool) -> None:
-    records = [record for record in run.read_metrics() if _is_step(record)]
-    view.losses = [(int(r["step"]), float(r["loss"])) for r in records]
-    recent = records[-RECENT_STEPS:]
-    speeds = [float(r["images_per_s"]) for r in recent if _is_number(r.get("images_per_s"))]
-    if speeds:
-        view.images_per_s = sorted(speeds)[len(speeds) // 2]
-    times = [(int(r["step"]), float(r["seconds"])) for r in recent if _is_number(r.get("seconds"))]
-    if working and len(times) >= 2 and times[-1][1] > times[0][1]:
-        a_step = (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0] or 1)
-        view.seconds_left = max(0.0, a_step * (view.steps - view.step))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _is_step(record: dict[str, Any]) -> bool:
-    return _is_number(record.get("step")) and _is_number(record.get("loss"))
-
-
 def _log(run: RunFolder, trainer: Trainer) -> str:
     try:
         with open(run.log_file, "rb") as file:
@@ -166,16 +146,16 @@ def card_html(view: RunView) -> str:
     facts = [("Step", f"{view.step:,}", f"of {view.steps:,}" if view.steps else "")]
     if view.seconds_left is not None:
         facts.append(("Time left", duration(view.seconds_left), ""))
-    if view.images_per_s is not None:
-        facts.append(("Speed", f"{view.images_per_s:.3g}", "images/s"))
-    if view.losses:
-        recent = [loss for _, loss in view.losses[-RECENT_STEPS:]]
-        facts.append(("Loss", f"{sum(recent) / len(recent):.4f}", f"mean of {len(recent)}"))
+    if view.course.images_per_s is not None:
+        facts.append(("Speed", f"{view.course.images_per_s:.3g}", "images/s"))
+    if view.course.recent_loss is not None:
+        of = min(RECENT_STEPS, view.course.step)
+        facts.append(("Loss", f"{view.course.recent_loss:.4f}", f"mean of {of}"))
     shown = "".join(
         f"<div><dt>{what}</dt><dd>{value} <small>{unit}</small></dd></div>"
         for what, value, unit in facts
     )
-    waiting = " waiting" if view.tone == "busy" and not view.losses else ""
+    waiting = " waiting" if view.tone == "busy" and not view.course.loss else ""
     return (
         f'<section class="run-card tone-{view.tone}" data-state="{escape(view.badge.lower())}">'
         f'<header><h3>{escape(view.name)}</h3><span class="badge">{escape(view.badge)}</span>'
