@@ -7,7 +7,7 @@ The trainer writes, the app and other programs only read; they share nothing els
     metrics.jsonl             one line a step
     train.log                 what the terminal showed
     changes.json              what was changed when the run went on, where anything was
-    stop                      made by somebody who wants the run to save and end
+    stop, pause, save, sample made by somebody who asks that of the run (run_requests.py)
     samples/                  step_000100_00.png ..., settings in the PNG's text;
                               sheet_000100.png, with the base's pictures beside them
     checkpoints/step_000100/  full state, to resume bit for bit
@@ -32,8 +32,12 @@ import psutil
 from lora_sd import durable
 from lora_sd.errors import DiskFull, RunError, shown_list
 
-State = Literal["starting", "training", "sampling", "saving", "finished", "stopped", "failed"]
-WORKING: frozenset[str] = frozenset({"starting", "training", "sampling", "saving"})
+State = Literal[
+    "starting", "training", "sampling", "saving", "paused", "finished", "stopped", "failed"
+]
+WORKING: frozenset[str] = frozenset({"starting", "training", "sampling", "saving", "paused"})
+Request = Literal["stop", "pause", "save", "sample"]
+REQUESTS: tuple[Request, ...] = get_args(Request)
 STALE_AFTER_S = 30.0
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -89,7 +93,6 @@ class RunFolder:
         self.adapter_file = self.path / "adapter.safetensors"
         self.changes_file = self.path / "changes.json"
         self.best_file = self.path / "best.safetensors"
-        self.stop_file = self.path / "stop"
         self.lock_file = self.path / ".lock"
 
     @property
@@ -111,6 +114,33 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """checkpoints/step_000100"""
         return self.checkpoints / f"step_{step:06d}"
+
+    def request_file(self, request: Request) -> Path:
+        """The file whose being there asks the run for something."""
+        return self.path / request
+
+    def ask(self, request: Request) -> None:
+        """Ask the run for something. A pause lasts until it is withdrawn; anything else is done
+        once.
+
+        Raises:
+            RunError: the file cannot be made.
+        """
+        try:
+            self.request_file(request).touch()
+        except OSError as error:
+            raise RunError(f"'{self.path}' cannot be written to: {error.strerror}.") from None
+
+    def withdraw(self, request: Request) -> None:
+        """Ask no longer.
+
+        Raises:
+            RunError: the file cannot be removed.
+        """
+        try:
+            self.request_file(request).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"'{self.path}' cannot be written to: {error.strerror}.") from None
 
     def write_status(self, status: Status) -> None:
         """Replace status.json at once; the writer's pid and the time are filled in.

@@ -84,16 +84,18 @@ class StopRequest:
 
     def _look_at_file(self, run: RunFolder) -> None:
         try:
-            made = run.stop_file.stat().st_mtime
+            made = run.request_file("stop").stat().st_mtime
         except OSError:
             return
         if made < self._began - OLDER_S:
-            log.warning("Note: '%s' was left from before, and is removed.", run.stop_file)
+            log.warning(
+                "Note: '%s' was left from before, and is removed.", run.request_file("stop")
+            )
         else:
             self._requested = True
-            log.info("Stopping, as '%s' asks for: saving first.", run.stop_file)
+            log.info("Stopping, as '%s' asks for: saving first.", run.request_file("stop"))
         with contextlib.suppress(OSError):  # then it is looked at again
-            run.stop_file.unlink()
+            run.request_file("stop").unlink()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

@@ -223,19 +223,20 @@ def test_a_stop_file_g5(run_settings: Settings, start) -> None:
     """Obeyed and removed; one from before is not meant."""
     run_settings["train"]["steps"] = 100_000
     run = folder_of(run_settings)
+    stop_file = run.request_file("stop")
     trainer = start()
     wait_for(is_at(run, 3))
-    run.stop_file.touch()
+    stop_file.touch()
     assert trainer.wait(10) == EXIT_RESUMABLE
-    assert not run.stop_file.exists() and run.read_status().state == "stopped"
-    assert f"as '{run.stop_file}' asks for" in run.log_file.read_text()
+    assert not stop_file.exists() and run.read_status().state == "stopped"
+    assert f"as '{stop_file}' asks for" in run.log_file.read_text()
     stopped_at = run.read_status().step
     assert run.checkpoint(stopped_at).is_dir()
-    run.stop_file.touch()
-    os.utime(run.stop_file, (time.time() - 60, time.time() - 60))
+    stop_file.touch()
+    os.utime(stop_file, (time.time() - 60, time.time() - 60))
     trainer = start()
     wait_for(is_at(run, stopped_at + 3))
-    assert "was left from before" in run.log_file.read_text() and not run.stop_file.exists()
+    assert "was left from before" in run.log_file.read_text() and not stop_file.exists()
     trainer.send(signal.SIGINT)
     assert trainer.wait(10) == EXIT_RESUMABLE
 

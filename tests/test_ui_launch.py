@@ -52,7 +52,7 @@ def test_where_there_are_no_signals_a_file_stops_it(
     wait_for(lambda: state(trainer) == "Training")
     trainer.stop("run")
     wait_for(lambda: state(trainer) == "Stopped" and trainers_of(trainer) == [])
-    assert not RunFolder(trainer.outputs / "run").stop_file.exists()
+    assert not RunFolder(trainer.outputs / "run").request_file("stop").exists()
 
 
 def test_a_second_start_is_refused_by_this_app_and_by_another(trainer: Trainer) -> None:

@@ -37,8 +37,8 @@ signal.signal(signal.SIGTERM, lambda *_: stop.append(1) if config.train.seed != 
 status = run.read_status() if resumed else Status("starting", 0, config.train.steps)
 status.state = "training"
 while status.step < config.train.steps and not stop:
-    if run.stop_file.exists():
-        run.stop_file.unlink()
+    if run.request_file("stop").exists():
+        run.request_file("stop").unlink()
         stop.append(1)
     time.sleep(0.05)
     status.step += 1

@@ -20,7 +20,7 @@ import psutil
 
 from lora_sd.config import Config
 from lora_sd.errors import RunError
-from lora_sd.run_folder import WORKING, RunFolder, list_runs, open_run
+from lora_sd.run_folder import REQUESTS, WORKING, Request, RunFolder, list_runs, open_run
 
 PROJECT = Path(__file__).resolve().parents[2]
 COMMAND = (
@@ -31,6 +31,23 @@ DATASETS = "datasets"  # the folder of data sets beside the runs
 KILL_AFTER_S = 60.0
 HAS_SIGNALS = os.name != "nt"  # Ctrl-Break reaches only the group that this app has started
 MOST_CONSOLE = 64 * 1024  # bytes of console output that are read
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the last start of a run ended.
+
+    Attributes:
+        code: the trainer's exit status, negative for a signal; None where nobody saw it.
+        last_lines: the end of what it wrote.
+    """
+
+    code: int | None
+    last_lines: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """'It was killed by signal 9 (SIGKILL).'; "" where nothing is known."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,50 @@ class Trainer:
         arguments = (name, process, grouped)
         threading.Thread(target=self._end, args=arguments, daemon=True).start()
 
+    def pause(self, name: str) -> None:
+        """Ask a run to wait after its step, until it is told to go on.
+
+        Raises:
+            RunError: that run is not being trained, or has not begun.
+        """
+        self._begun(name).ask("pause")
+
+    def go_on(self, name: str) -> None:
+        """Let a run that was paused go on.
+
+        Raises:
+            RunError: that run is not being trained, or has not begun.
+        """
+        self._begun(name).withdraw("pause")
+
+    def save_now(self, name: str) -> None:
+        """Ask a run to save after its step, and go on.
+
+        Raises:
+            RunError: that run is not being trained, or has not begun.
+        """
+        self._begun(name).ask("save")
+
+    def sample_now(self, name: str) -> None:
+        """Ask a run to draw its samples after its step, and go on.
+
+        Raises:
+            RunError: that run is not being trained, or has not begun.
+        """
+        self._begun(name).ask("sample")
+
+    def asked(self, name: str) -> frozenset[Request]:
+        """What a run was asked for and has not begun to do: a button's press that is not answered
+        yet. A paused run is asked to pause for as long as it waits."""
+        run = RunFolder(self.outputs / name)
+        return frozenset(one for one in REQUESTS if run.request_file(one).exists())
+
+    def _begun(self, name: str) -> RunFolder:
+        """The folder of a run that is at work now."""
+        if self._find(name)[0] is None:
+            raise RunError(f"'{name}' is not being trained now.")
+        return open_run(self.outputs, name)
+
     def was_stopped(self, name: str) -> bool:
         """Whether its end was asked for from this page."""
         return name in self._stopped
@@ -147,6 +208,10 @@ class Trainer:
             for line in self.console(name).splitlines()
             if line.startswith("error: ")
         ]
+
+    def ending(self, name: str) -> Ending:
+        """How the last start of a run ended."""
+        return Ending(None, tuple(self.console(name).splitlines()[-20:]))
 
     def console(self, name: str) -> str:
         """The end of what the last start of a run wrote to the console."""
@@ -227,7 +292,7 @@ class Trainer:
                         trainer.terminate()
             elif not HAS_SIGNALS and run.config_file.is_file():
                 with contextlib.suppress(OSError):  # a full disk: it is killed after a minute
-                    run.stop_file.touch()
+                    run.request_file("stop").touch()
             else:
                 _signal_group(process.pid, getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
             until = time.monotonic() + KILL_AFTER_S

@@ -1,9 +1,11 @@
-"""What all tabs work on: the folder of all runs, the pictures offered, the trainer."""
+"""What all tabs work on: the folder of all runs, the pictures offered, the trainer, its
+queue."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_sd.ui.launch import Trainer
+from lora_sd.ui.queue import RunQueue
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,13 @@ class Workplace:
         pictures: a folder whose folders of pictures are offered beside the example and the saved
             data sets.
         trainer: the one trainer of `outputs`.
+        queue: the runs that wait for it.
     """
 
     outputs: Path
     pictures: Path | None
     trainer: Trainer
+    queue: RunQueue = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queue", RunQueue(self.trainer))
