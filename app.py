@@ -10,7 +10,10 @@ from lora_sd.ui import server
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="app.py", description="Train Stable Diffusion LoRA adapters in the browser."
+        prog="app.py",
+        description="Train Stable Diffusion LoRA adapters in the browser.",
+        epilog=f"A password for visitors is taken from {server.PASSWORD} or --password-file; an "
+        "address that other machines reach wants one.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port (%(default)s)")
@@ -20,8 +23,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--pictures", type=Path, help="a folder whose folders of pictures are offered for training"
     )
+    parser.add_argument("--password-file", type=Path, help="a file that holds the password")
+    parser.add_argument("--language", help="of the page, as 'en' (default: the system's)")
     options = parser.parse_args(argv)
-    server.serve(options.host, options.port, options.outputs, options.pictures)
+    password = server.read_password(options.password_file)
+    server.serve(
+        options.host, options.port, options.outputs, options.pictures, password, options.language
+    )
     return 0
 
 

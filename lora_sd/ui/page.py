@@ -4,6 +4,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from lora_sd.ui.api import Api
 from lora_sd.ui.generate.events import wire_generate_tab
 from lora_sd.ui.generate.handlers import GenerateHandlers
 from lora_sd.ui.generate.tab import build_generate_tab
@@ -48,6 +49,7 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
         panel.use.click(**events.seen).then(
             lambda: gr.update(selected="generate"), None, tabs, show_progress="hidden"
         ).then(inputs=[panel.run, generate_tab.prompt], **events.choose)
+        Api(place, generating).offer()
         page.load(**events.opened)
         page.load(**panel.refresh)
         page.load(generating.warm_up, None, None, concurrency_id="pipeline", show_progress="hidden")

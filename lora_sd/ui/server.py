@@ -6,21 +6,87 @@ import os
 import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lora_sd.errors import RunError
+from lora_sd.ui import texts
+from lora_sd.ui.texts import say
 
 MOST_UPLOAD = "400mb"  # of one file: an SD 1.5 adapter of rank 128 over all layers, with room
+PASSWORD = "LORA_SD_PASSWORD"
+SHORTEST_PASSWORD = 8
 
 
-def serve(host: str, port: int, outputs: Path, more_pictures: Path | None = None) -> None:
-    """Serve until Ctrl+C.
+def read_password(file: Path | None) -> str | None:
+    """The password in a file, else the one in LORA_SD_PASSWORD, which programs started from here
+    then do not see; None: there is none.
 
     Raises:
-        RunError: the outputs folder cannot be used, or the port is taken.
+        RunError: the file cannot be read, or the password is short.
     """
-    if more_pictures and not more_pictures.is_dir():
-        raise RunError(f"'{more_pictures}' is not a folder.")
+    password = os.environ.pop(PASSWORD, None)
+    if file is not None:
+        try:
+            password = file.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise RunError(f"'{file}' holds no password: {reason}.") from None
+    if password is not None and len(password) < SHORTEST_PASSWORD:
+        raise RunError(f"A password has at least {SHORTEST_PASSWORD} characters.")
+    return password
+
+
+def serve(
+    host: str,
+    port: int,
+    outputs: Path,
+    pictures: Path | None = None,
+    password: str | None = None,
+    language: str | None = None,
+) -> None:
+    """Serve until Ctrl+C.
+
+    Args:
+        host, port: where to listen.
+        outputs: the folder of all runs.
+        pictures: a folder whose folders of pictures are offered for training.
+        password: what visitors must know; None: nothing, on this machine alone.
+        language: of the page, as 'en'; None: this system's, or English.
+
+    Raises:
+        RunError: a setting or the outputs folder cannot be used, or the port is taken.
+    """
+    page = start(host, port, outputs, pictures, password, language)
+    shown = f"[{host}]" if ":" in host else host
+    with contextlib.suppress(KeyboardInterrupt):
+        print(say("server.ready", address=f"http://{shown}:{port}/"), flush=True)
+        page.block_thread()
+
+    from lora_sd.ui.launch import Trainer
+
+    if training := Trainer(outputs).current():
+        print(say("server.goes_on", run=training), flush=True)
+
+
+def start(
+    host: str,
+    port: int,
+    outputs: Path,
+    pictures: Path | None = None,
+    password: str | None = None,
+    language: str | None = None,
+) -> Any:
+    """Begin to serve, as `serve` does, and return the page (Gradio's Blocks)."""
+    if password is None and not _is_loopback(host):
+        raise RunError(
+            f"'{host}' can be reached from other machines. Set a password for that, in the "
+            f"environment as {PASSWORD} or in a file named with --password-file."
+        )
+    if pictures and not pictures.is_dir():
+        raise RunError(f"'{pictures}' is not a folder.")
+    try:
+        texts.choose(language or texts.of_system())
+    except ValueError as error:
+        raise RunError(f"--language: {error}.") from None
     cache = outputs.absolute() / ".gradio"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -35,74 +101,43 @@ def serve(host: str, port: int, outputs: Path, more_pictures: Path | None = None
     import transformers  # noqa: F401
     from starlette.middleware import Middleware
 
-    from lora_sd.ui.launch import Trainer
+    from lora_sd.ui.api import keep_private
+    from lora_sd.ui.gate import Gate, password_check
     from lora_sd.ui.page import build_page
     from lora_sd.ui.theme import launch_options
 
-    page = build_page(outputs, more_pictures)
+    page = build_page(outputs, pictures)
+    keep_private(page)
     page.queue(api_open=False, default_concurrency_limit=1, max_size=32)
-    shown = f"[{host}]" if ":" in host else host
+    gate = Middleware(Gate, host=host, cache=cache, locked=password is not None)
     page.launch(
         server_name=host,
         server_port=port,
+        auth=password_check(password) if password is not None else None,
+        auth_message=say("server.password"),
         max_file_size=MOST_UPLOAD,
         allowed_paths=[],
         share=False,
         enable_monitoring=False,
+        run_history=False,
         ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
         quiet=True,
         inbrowser=False,
         footer_links=[],
         prevent_thread_lock=True,
-        app_kwargs={"middleware": [Middleware(OwnPagesOnly, host=host)]},
+        app_kwargs={"middleware": [gate]},
         **launch_options(),
     )
-    with contextlib.suppress(KeyboardInterrupt):
-        print(f"lora_sd is at http://{shown}:{port}/ (Ctrl+C ends it)", flush=True)
-        page.block_thread()
-    if training := Trainer(outputs).current():
-        print(f"The training of '{training}' goes on. Start the app again to see it.", flush=True)
+    return page
 
 
-class OwnPagesOnly:
-    """Refuse requests that another web site makes a visitor's browser send.
-
-    A foreign site can point its own name at this machine (the Host header then tells), or post
-    to it from its pages (the Origin header tells). An address or this machine's name is fine.
-    """
-
-    def __init__(self, app: Any, host: str) -> None:
-        self._app = app
-        self._names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower(), host}
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            headers = {
-                key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
-            }
-            own = headers.get("host", "")
-            origin = headers.get("origin")
-            if not self._is_ours(own) or (origin and urlsplit(origin).netloc != own):
-                await _refuse(send)
-                return
-        await self._app(scope, receive, send)
-
-    def _is_ours(self, host: str) -> bool:
-        name = (urlsplit(f"//{host}").hostname or "").lower()
-        if name in self._names:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
-
-
-async def _refuse(send: Any) -> None:
-    text = b"This address is not known to the app: open it as localhost or by its IP address."
-    headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
-    await send({"type": "http.response.start", "status": 403, "headers": headers})
-    await send({"type": "http.response.body", "body": text})
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may stand for any address
+        return False
 
 
 def _check_port(host: str, port: int) -> None:

@@ -1,8 +1,10 @@
-"""Everything the app says, by key and language: one file a language, `en.yaml` first.
+"""Everything the app says, by key and language: a folder a language, `en` first.
 
-A translation is one more file beside it. What it lacks is said in English.
+A translation is one more folder beside it, with the same files. What it lacks is said in English.
 """
 
+import locale
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,22 @@ def choose(language: str) -> None:
     """Speak that language from now on; to be called before the page is built.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such folder.
     """
     global _chosen
     if language not in languages():
         raise ValueError(f"no texts in '{language}'; there are {', '.join(languages())}")
     _chosen = language
+
+
+def of_system() -> str:
+    """The language of this system's user, or English where there are no texts in it."""
+    names = [os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG")]
+    wanted = next(filter(None, names), None) or locale.getlocale()[0] or ENGLISH
+    # 'zh_CN.UTF-8', as 'zh-cn' and as 'zh'
+    whole = wanted.partition(".")[0].partition("@")[0].replace("_", "-").lower()
+    known = {name.lower(): name for name in languages()}
+    return known.get(whole) or known.get(whole.partition("-")[0]) or ENGLISH
 
 
 def say(key: str, /, **values: Any) -> str:
