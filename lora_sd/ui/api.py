@@ -27,9 +27,10 @@ from lora_sd.data.report.base_facts import family_by_name
 from lora_sd.errors import ConfigError, UserError
 from lora_sd.run_folder import list_runs
 from lora_sd.ui.adapters.offered import download_copy, find_adapter, offered_adapters
+from lora_sd.ui.bases import find_base
 from lora_sd.ui.data.pictures import find_folder, offered_folders
 from lora_sd.ui.generate.handlers import GenerateHandlers
-from lora_sd.ui.train.family_settings import CONFIGS
+from lora_sd.ui.train.recipes import CONFIGS
 from lora_sd.ui.workplace import Workplace
 
 NAMES = ("train", "status", "generate", "download")
@@ -82,7 +83,7 @@ class Api:
             base, name = _text(base), _text(name)
             values = read_yaml(CONFIGS[base if base in CONFIGS else family_by_name(base)])
             own = {
-                "base.model": base,
+                "base.model": find_base(self._place.models, base),
                 "data.folder": str(folder.path),
                 "output.folder": str(self._place.outputs),
                 "output.name": name or self._place.queue.free_name(folder.path.name),

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,112 +12,65 @@ from pydantic.fields import FieldInfo
 
 from lora_sd.config import Config, Resolution, config_from_values, settings
 from lora_sd.errors import ConfigError
+from lora_sd.ui.texts import say, translated
 
-LABELS = {
-    "base.model": "Base model",
-    "base.vae": "Another VAE",
-    "base.dtype": "Base precision",
-    "base.prediction_type": "What it predicts",
-    "base.zero_terminal_snr": "Zero terminal SNR",
-    "base.clip_skip": "CLIP skip",
-    "data.caption": "Caption for pictures that have none",
-    "data.caption_fallback": "Without a caption, take",
-    "data.keep_tags": "Tags that stay in front",
-    "data.wildcards": "Wildcards: draw one of {a|b}",
-    "data.max_tokens": "Longest caption (tokens)",
-    "data.resolution_px": "Resolution (px)",
-    "data.max_aspect_ratio": "Longest shape (long / short side)",
-    "data.upscale": "Enlarge small pictures",
-    "data.background": "Background of transparent pictures",
-    "data.bad_pictures": "Pictures that cannot be used",
-    "data.flip": "Mirror at random",
-    "data.crop_jitter": "Vary the crop by",
-    "data.colour_jitter": "Vary the colours by",
-    "data.variants": "Versions of each picture",
-    "data.masks": "Masks",
-    "data.unmasked_weight": "Weight of the rest",
-    "data.cache": "Keep encoded pictures",
-    "adapter.preset": "Layers",
-    "adapter.include": "Further layers",
-    "adapter.exclude": "Layers left alone",
-    "adapter.init": "Start of lora_down",
-    "adapter.text_encoder": "Text encoder learns too",
-    "adapter.ranks": "Ranks of their own",
-    "adapter.clamp_ranks": "Lower ranks where layers are small",
-    "adapter.rs": "Rank-stabilised scaling (rsLoRA)",
-    "adapter.dora": "DoRA",
-    "adapter.up_bias": "Bias of lora_up",
-    "output.format": "File format",
-    "train.ema_decay": "Moving average (EMA)",
-    "train.on_bad_numbers": "When numbers are not finite",
-    "optimizer.name": "Optimizer",
-    "optimizer.options": "Further arguments, one a line",
-    "optimizer.conv_learning_rate": "Learning rate of convolutions",
-    "optimizer.text_encoder_learning_rate": "Learning rate of the text encoder",
-    "optimizer.text_encoder_2_learning_rate": "Learning rate of SDXL's second",
-    "optimizer.block_learning_rates": "Factors by layer, one a line",
-    "optimizer.lora_plus_ratio": "LoRA+ ratio",
-    "optimizer.max_grad_norm": "Largest gradient norm",
-    "optimizer.max_weight_norm": "Largest norm of an update",
-    "optimizer.schedule_floor": "Falls to (share)",
-    "optimizer.schedule_cycles": "Restarts of the cosine",
-    "optimizer.schedule_power": "Power of the polynomial",
-    "optimizer.decay_share": "Falls at the end over (share)",
-    "optimizer.warmup_steps": "Warm-up (steps)",
-    "objective.weighting": "Weighting of timesteps",
-    "objective.snr_gamma": "Gamma of min-SNR",
-    "objective.error": "Measure of the error",
-    "objective.huber_c": "Huber's c",
-    "objective.huber_schedule": "How c falls",
-    "objective.multires_noise_iterations": "Noise of coarser resolutions",
-    "objective.multires_noise_discount": "Their discount",
-    "objective.timesteps": "Timesteps",
-    "objective.timestep_bias": "Bias towards noise",
-    "objective.logit_mean": "Mean of logit-normal",
-    "objective.logit_deviation": "Deviation of logit-normal",
-    "objective.min_timestep": "First timestep",
-    "objective.max_timestep": "Last timestep",
-    "memory.base_weights": "Bits of the base's weights",
-    "memory.adapter_dtype": "Precision of what learns",
-    "memory.channels_last": "Channels last",
-    "memory.compile": "Compile (torch.compile)",
-    "memory.vae_slicing": "VAE in slices and tiles",
-    "memory.idle_parts": "VAE and text encoders when idle",
-    "memory.on_out_of_memory": "When memory runs out",
-    "sample.prompts": "Sample prompts, one a line",
-    "sample.every_steps": "Draw every (steps)",
-    "sample.steps": "Denoising steps",
-    "output.name": "Name of the run",
-    "output.save_every_steps": "Save every (steps)",
-    "output.dtype": "File precision",
-    "output.on_full_disk": "When the disk is full",
-    "output.tensorboard": "TensorBoard",
-    "output.wandb": "Weights & Biases: project",
-}
 MOST_TEXT = 20_000  # characters of one field: more is no setting
-NOT_ON_THE_PAGE = (
-    "data.folders", "data.cache_folder", "sample.prompt_file",
-    # These want a folder of validation pictures, which the page cannot name.
-    "train.validate_every_steps", "train.keep_best", "train.patience",
-)  # fmt: skip
+NOT_ON_THE_PAGE = ("data.folders", "data.cache_folder", "output.folder")
+"""What names places on this machine, which no page may; `data.folders` has parts of its own."""
 FIELDS: dict[str, FieldInfo] = {
     name: field for name, field in settings() if name not in NOT_ON_THE_PAGE
 }
 
 
+_NAMES = re.compile(
+    r"'?\b((?:base|data|adapter|train|optimizer|objective|memory|sample|output)\.\w+)(?:\.\d+)?\b'?"
+)
+_NAME = re.compile(r"'([a-z0-9_]+\.\w+)(?:\.\d+)?'")
+
+
+class FormError(ConfigError):
+    """Settings of a form that cannot be used.
+
+    Attributes:
+        by_field: what is wrong with single fields, a sentence each, by setting.
+        others: sentences on several fields together.
+    """
+
+    def __init__(self, problems: Sequence[str], by_field: Mapping[str, str] | None = None) -> None:
+        self.by_field: dict[str, str] = {**(by_field or {})}
+        self.others: list[str] = []
+        for problem in problems:
+            named = _NAME.match(problem)
+            if named and named[1] in FIELDS:
+                self.by_field.setdefault(named[1], in_page_words(problem))
+            else:
+                self.others.append(in_page_words(problem))
+        super().__init__([*self.by_field.values(), *self.others])
+
+
 def label(name: str) -> str:
-    """'Learning rate' for 'optimizer.learning_rate'."""
-    return LABELS.get(name) or name.partition(".")[2].replace("_", " ").capitalize()
+    """'Learning rate' for 'optimizer.learning_rate'; also of a part of the form that is none."""
+    return say(f"fields.label.{name}")
 
 
 def help_text(name: str) -> str:
     """The setting's help, then its range where it has one worth telling."""
-    text = " ".join((FIELDS[name].description or "").split()).replace("*", r"\*")  # Markdown
+    if name not in FIELDS:
+        return say(f"fields.help.{name}")
+    said = translated(f"fields.help.{name}")
+    text = _names_as_labels(name, said or " ".join((FIELDS[name].description or "").split()))
+    text = text.replace("*", r"\*")  # Markdown
     low, high = _bound(name, "ge", "gt"), _bound(name, "le", "lt")
     if low is None or high is None or high >= 1_000_000 or low == high:
         return text
     above = any(getattr(part, "gt", None) is not None for part in FIELDS[name].metadata)
-    return f"{text} {'Above ' if above else ''}{low:g} to {high:g}."
+    shown = say(f"fields.range{'_above' if above else ''}", low=f"{low:g}", high=f"{high:g}")
+    return f"{text} {shown}"
+
+
+def as_markdown(text: str) -> str:
+    """Plain text for where Markdown is read."""
+    return re.sub(r"([\\`*_{}\[\]()#+.!|~<>-])", r"\\\1", text)
 
 
 def component(name: str, value: Any, *, info: bool = True, **options: Any) -> Component:
@@ -150,13 +103,16 @@ def shown_value(name: str, value: Any) -> Any:
     return "" if value is None else value
 
 
-def config_from_form(form: Mapping[str, Any]) -> Config:
+def config_from_form(form: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> Config:
     """The checked configuration of field values by dotted name.
 
     The browser is not trusted: whatever is not of the setting's own type is a problem too.
 
+    Args:
+        extra: values of the app's own, such as paths.
+
     Raises:
-        ConfigError: all problems at once, each naming the field as the page does.
+        FormError: all problems at once, each naming the field as the page does.
     """
     values: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
@@ -165,22 +121,33 @@ def config_from_form(form: Mapping[str, Any]) -> Config:
         try:
             values.setdefault(group, {})[key] = _value(name, raw)
         except ValueError as error:
-            problems.append(f"'{name}' {error}.")
+            problems.append(str(error))
+    for name, value in (extra or {}).items():
+        group, _, key = name.partition(".")
+        values.setdefault(group, {})[key] = value
     try:
         config = config_from_values(values)
     except ConfigError as error:
         problems += error.problems
     if problems:
-        raise ConfigError([in_page_words(problem) for problem in problems])
+        raise FormError(problems)
     return config
+
+
+def is_value(name: str, raw: object) -> bool:
+    """Whether a field could hold that, whatever else is set."""
+    try:
+        value = _value(name, raw)
+    except ValueError:
+        return False
+    kind = _kind(name)
+    return get_origin(kind) is not Literal or value in get_args(kind)
 
 
 def in_page_words(sentence: str) -> str:
     """A sentence of config.py with the fields named as on the page."""
-    return re.sub(
-        r"'?\b((?:base|data|adapter|train|optimizer|objective|memory|sample|output)\.\w+)(?:\.\d+)?\b'?",
-        lambda found: f"'{label(found[1])}'" if found[1] in FIELDS else found[0],
-        sentence,
+    return _NAMES.sub(
+        lambda found: f"'{label(found[1])}'" if found[1] in FIELDS else found[0], sentence
     )
 
 
@@ -205,22 +172,22 @@ def _value(name: str, raw: Any) -> Any:
         return raw
     if kind is bool:
         if not isinstance(raw, bool):
-            raise ValueError("must be on or off")
+            raise ValueError(_problem("switch", name))
         return raw
     if kind in (int, float):
         if _may_be_empty(name) and (raw is None or raw == ""):
             return None
-        return _number(raw, whole=kind is int)
+        return _number(name, raw, whole=kind is int)
     if not isinstance(raw, str | None):
-        raise ValueError("must be text")
+        raise ValueError(_problem("text", name))
     text = (raw or "").strip()
     if len(text) > MOST_TEXT or "\0" in text:
-        raise ValueError(f"is too long, or no text: at most {MOST_TEXT} characters")
+        raise ValueError(_problem("text_long", name, most=MOST_TEXT))
     if get_origin(kind) is list:
         if get_args(kind) == (str,):
             return [line.strip() for line in text.splitlines() if line.strip()]
         whole = kind == list[Resolution]
-        return [_number(part, whole) for part in text.replace(",", " ").split()]
+        return [_number(name, part, whole) for part in text.replace(",", " ").split()]
     return text or (None if _may_be_empty(name) else "")
 
 
@@ -228,19 +195,36 @@ def _may_be_empty(name: str) -> bool:
     return NoneType in get_args(FIELDS[name].annotation)
 
 
-def _number(raw: Any, whole: bool) -> int | float:
+def _number(name: str, raw: Any, whole: bool) -> int | float:
     if isinstance(raw, str):
         try:
             raw = float(raw)
         except ValueError:
-            raise ValueError(f"holds '{raw[:40]}', which is no number") from None
+            raise ValueError(_problem("no_number", name, found=raw[:40])) from None
     if isinstance(raw, bool) or not isinstance(raw, int | float):
-        raise ValueError("is empty: write a number")
+        raise ValueError(_problem("empty", name))
     if not math.isfinite(raw):
-        raise ValueError("must be a finite number")
+        raise ValueError(_problem("finite", name))
     if whole and raw != int(raw):
-        raise ValueError(f"is {raw:g}, but must be a whole number")
+        raise ValueError(_problem("whole", name, found=f"{raw:g}"))
     return int(raw) if whole else float(raw)
+
+
+def _problem(kind: str, name: str, **values: Any) -> str:
+    """A sentence on a setting, which it calls by its dotted name until it is shown."""
+    return say(f"fields.problem.{kind}", name=name, **values)
+
+
+def _names_as_labels(name: str, text: str) -> str:
+    """A setting's help with the other settings of its group called as on the page."""
+    group = name.partition(".")[0]
+    return re.sub(
+        r"\b[a-z]+(?:_[a-z0-9]+)+\b",
+        lambda found: (
+            f"'{label(f'{group}.{found[0]}')}'" if f"{group}.{found[0]}" in FIELDS else found[0]
+        ),
+        in_page_words(text),
+    )
 
 
 def _plain(entry: Any) -> str:

@@ -4,6 +4,7 @@ queue."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_sd.ui.bases import MODELS
 from lora_sd.ui.launch import Trainer
 from lora_sd.ui.queue import RunQueue
 
@@ -17,12 +18,14 @@ class Workplace:
         pictures: a folder whose folders of pictures are offered beside the example and the saved
             data sets.
         trainer: the one trainer of `outputs`.
+        models: a folder whose checkpoints are offered as base models.
         queue: the runs that wait for it.
     """
 
     outputs: Path
     pictures: Path | None
     trainer: Trainer
+    models: Path = MODELS
     queue: RunQueue = field(init=False)
 
     def __post_init__(self) -> None:

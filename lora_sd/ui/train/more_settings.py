@@ -1,59 +1,65 @@
-"""The settings that the Train tab folds away, by group."""
+"""Which settings of the form are open, and under which fold each of the others is."""
 
 from collections.abc import Callable
 
 import gradio as gr
 
 from lora_sd.ui import fields
-from lora_sd.ui.train.handlers import OWN_FIELDS
+from lora_sd.ui.texts import say
 
 MAIN_FIELDS = (
-    "data.trigger_word", "data.caption", "output.name", "base.model", "train.steps",
+    "data.folder", "data.trigger_word", "data.caption", "base.model", "output.name", "train.steps",
     "train.batch_size", "optimizer.learning_rate", "adapter.rank", "data.resolution_px",
     "train.seed", "sample.prompts",
 )  # fmt: skip
-DATA_GROUPS = {
-    "Pictures": ("max_aspect_ratio", "background", "bad_pictures", "upscale"),
-    "Captions": (
-        "caption_fallback", "max_tokens", "caption_prefix", "caption_suffix", "caption_dropout",
-        "tag_dropout", "shuffle_tags", "wildcards", "keep_tags",
-    ),
-    "Augmentation": ("crop_jitter", "colour_jitter", "variants", "flip"),
-    "Masks": ("masks", "unmasked_weight"),
-    "Cache": ("cache",),
+FOLDS = {
+    "pictures": ("sets.more", "data.max_aspect_ratio", "data.background", "data.bad_pictures",
+                 "data.upscale"),
+    "captions": ("data.caption_fallback", "data.max_tokens", "data.caption_prefix",
+                 "data.caption_suffix", "data.caption_dropout", "data.tag_dropout",
+                 "data.shuffle_tags", "data.wildcards", "data.keep_tags"),
+    "augmentation": ("data.crop_jitter", "data.colour_jitter", "data.variants", "data.flip"),
+    "masks": ("data.masks", "data.unmasked_weight"),
+    "validation": ("sets.validation", "train.validate_every_steps", "train.keep_best",
+                   "train.patience"),
+    "regularisation": ("sets.regularisation", "sets.prior_weight", "sets.class_caption",
+                       "sets.class_pictures"),
+    "cache": ("data.cache",),
+    "base": (),
+    "adapter": (),
+    "train": (),
+    "optimizer": (),
+    "objective": (),
+    "memory": (),
+    "sample": ("sample.prompt_file",),
+    "output": (),
 }  # fmt: skip
-"""Groups of the settings of `data`; one that is in none of them goes to the first."""
-GROUPS = {
-    "base": "Base model",
-    "adapter": "Adapter",
-    "train": "Training",
-    "optimizer": "Optimizer and learning rates",
-    "objective": "Objective: noise, timesteps, errors",
-    "memory": "Memory and speed",
-    "sample": "Samples on the way",
-    "output": "What is kept",
-}
+"""The folds in their order, with what stands in each; a setting that none names is in the one of
+its group, one of `data` in the first."""
 FIELD_MIN_PX = 180  # two in a row, but on a phone
 
 
 def folded_settings() -> dict[str, list[str]]:
-    """The settings that the page does not show at once, by the title they are folded under."""
-    titles = {f"data.{name}": title for title, names in DATA_GROUPS.items() for name in names}
-    groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys([*titles, *fields.FIELDS]):
-        if name not in (*OWN_FIELDS, *MAIN_FIELDS):
-            title = titles.get(name) or GROUPS.get(name.partition(".")[0], next(iter(DATA_GROUPS)))
-            groups.setdefault(title, []).append(name)
-    return groups
+    """What the page does not show at once, by fold."""
+    folds = {fold: list(names) for fold, names in FOLDS.items()}
+    placed = {*MAIN_FIELDS, *(name for names in FOLDS.values() for name in names)}
+    for name in fields.FIELDS:
+        if name not in placed:
+            group = name.partition(".")[0]
+            folds[group if group in folds else next(iter(folds))].append(name)
+    return folds
 
 
-def build_more_settings(add: Callable[..., None]) -> None:
-    """Every setting that is not in the form yet, two in a row, folded by group."""
-    for title, names in folded_settings().items():
-        elem_id = f"more-{title.lower().replace(' ', '-')}"
-        with gr.Accordion(title, open=False, elem_id=elem_id):
+def build_more_settings(add: Callable[..., None]) -> dict[str, gr.Accordion]:
+    """Every folded setting, two in a row; the fold of each."""
+    found = {}
+    for fold, names in folded_settings().items():
+        title = say(f"train.fold.{fold}")
+        with gr.Accordion(title, open=False, elem_id=f"more-{fold}") as accordion:
             for pair in zip(names[::2], [*names[1::2], None], strict=False):
                 with gr.Row():
                     for name in pair:
                         if name:
                             add(name, min_width=FIELD_MIN_PX)
+                            found[name] = accordion
+    return found
