@@ -1,9 +1,10 @@
 """Folders of training pictures: the ones offered, and new ones made from uploads."""
 
+import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from lora_sd.data.images import SUFFIXES, UnreadableImage, read_image
 from lora_sd.data.listing import Listing, list_folder, stem_key
 from lora_sd.errors import DataError
 from lora_sd.run_folder import NAME_PATTERN
-from lora_sd.ui.launch import PROJECT
+from lora_sd.ui.launch import DATASETS, PROJECT
+from lora_sd.ui.texts import say
 
 MOST_FILES = 2_000
 MOST_CAPTION = 2_000  # characters
@@ -29,6 +31,12 @@ PREVIEW_PX = 160
 CAPTIONS = (*caption_files.SUFFIXES, *caption_files.METADATA)
 TEXTS = {Path(name).suffix or name for name in CAPTIONS}
 RENAME = "Give them different names."
+OnFile = Callable[[int, int], bool]
+"""Called with (files done, of how many); True: the user wants no more of it."""
+
+
+class Cancelled(Exception):
+    """The user wanted no more of it; nothing is left of it."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +59,20 @@ class Upload:
 
 def offered_folders(outputs: Path, more: Path | None) -> list[PictureFolder]:
     """The example, the saved data sets, then the folders in the one named at the start."""
-    places = [("example", "Example: ", PROJECT / "assets"), ("mine", "", outputs / "datasets")]
+    places = [
+        ("example", "data.label.example", PROJECT / "assets"),
+        ("mine", "data.label.saved", outputs / DATASETS),
+    ]
     if more:
-        places.append(("more", "", more))
+        places.append(("more", "data.label.saved", more))
     found = []
-    for place, words, root in places:
+    for place, key, root in places:
         for path in sorted(root.iterdir()) if root.is_dir() else []:
             if path.name.startswith(".") or not path.is_dir():
                 continue
             listing = _listing(path)
             if listing.pictures and (place != "example" or listing.captions):
-                label = f"{words}{path.name} ({counted(len(listing.pictures))})"
+                label = say(key, name=path.name, pictures=counted(len(listing.pictures)))
                 found.append(PictureFolder(f"{place}/{path.name}", label, path))
     return found
 
@@ -75,7 +86,7 @@ def find_folder(outputs: Path, more: Path | None, folder_id: object) -> PictureF
     for folder in offered_folders(outputs, more):
         if folder.id == folder_id:
             return folder
-    raise DataError("Choose a folder of pictures, or upload some.")
+    raise DataError(say("data.none_chosen"))
 
 
 def captioned(folder: Path) -> list[tuple[Path, str]]:
@@ -102,8 +113,7 @@ def mask_sentence(masks: int, setting: object) -> str:
     """That mask files are not used; nothing where they are, or there are none."""
     if not masks or setting == "file":
         return ""
-    are = "1 mask file is" if masks == 1 else f"{masks} mask files are"
-    return f"{are} not used: for that, set Masks to file under More settings."
+    return say(f"data.masks_unused.{'one' if masks == 1 else 'many'}", count=masks)
 
 
 def prompts_from(captions: Sequence[str], trigger_word: str) -> list[str]:
@@ -123,15 +133,16 @@ def preview(file: Path) -> Image.Image | None:
     return picture
 
 
-def match_uploads(files: Sequence[Path]) -> list[Upload]:
+def match_uploads(files: Sequence[Path], on_file: OnFile = lambda done, of: False) -> list[Upload]:
     """Pictures with the captions and masks that training would find for them in one folder.
 
     Raises:
+        Cancelled: `on_file` returned True.
         DataError: files that cannot be read or would not be used, two of one name, or too many: all
             problems at once.
     """
     if len(files) > MOST_FILES:
-        raise DataError(f"{len(files)} files are more than the {MOST_FILES} of one upload.")
+        raise DataError(say("data.upload.too_many", count=len(files), most=MOST_FILES))
     problems: list[Finding] = []
     uploads: list[Upload] = []
     by_name: dict[str, Path] = {}
@@ -155,7 +166,10 @@ def match_uploads(files: Sequence[Path]) -> list[Upload]:
                 problems.append(error.of(by_name[name], "has a caption that "))
         lonely, _ = sources.unclaimed(listing.pictures)
     stems = Counter(map(stem_key, listing.pictures))
-    for name in [*listing.pictures, *listing.masks.values()]:
+    names = [*listing.pictures, *listing.masks.values()]
+    for done, name in enumerate(names):
+        if on_file(done, len(names)):
+            raise Cancelled
         file = by_name[name]
         if stems[stem_key(name)] > 1:
             reason = "shares its name, and so its caption, with another picture"
@@ -216,5 +230,10 @@ def _listing(folder: Path) -> Listing:
         return Listing(folder)
 
 
+def safe_name(text: str) -> str:
+    """A name that a data set may have, as like the text as that can be."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:60] or "pictures"
+
+
 def counted(number: int) -> str:
-    return "1 picture" if number == 1 else f"{number:,} pictures"
+    return say(f"data.pictures.{'one' if number == 1 else 'many'}", count=number)
