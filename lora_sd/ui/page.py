@@ -5,6 +5,8 @@ from pathlib import Path
 import gradio as gr
 
 from lora_sd.ui.api import Api
+from lora_sd.ui.data.events import build_data_tab
+from lora_sd.ui.data.handlers import DataHandlers
 from lora_sd.ui.generate.events import wire_generate_tab
 from lora_sd.ui.generate.handlers import GenerateHandlers
 from lora_sd.ui.generate.tab import build_generate_tab
@@ -39,11 +41,14 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
             elem_id="masthead",
         )
         with gr.Tabs(elem_id="tabs", selected="train") as tabs:
+            with gr.Tab(say("page.data"), id="data") as data:
+                data_tab = build_data_tab(DataHandlers(place))
             with gr.Tab(say("page.train"), id="train"):
                 train_tab = build_train_tab(training)
             with gr.Tab(say("page.generate"), id="generate") as generate:
                 generate_tab = build_generate_tab()
         events = wire_generate_tab(generate_tab, generating)
+        data.select(**data_tab.opened)
         generate.select(**events.opened)
         panel = train_tab.panel
         panel.use.click(**events.seen).then(
