@@ -30,9 +30,11 @@ class DataTab:
     train: gr.Button
     """Train with the data set that is shown."""
     opened: dict[str, Any]
-    """Arguments of the event that reads the list of data sets anew."""
+    """Arguments of the event that shows the chosen data set as it is now."""
     choose: dict[str, Any]
-    """Arguments of the event that shows a data set; its input: the id."""
+    """Arguments of the event that chooses a data set, for `opened` to show; its input: the id."""
+    as_choice: dict[str, Any]
+    """Arguments of the event that puts the chosen one into another list; its output: that list."""
 
 
 def build_data_tab(handlers: DataHandlers) -> DataTab:
@@ -75,9 +77,11 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         return _updates(tab, handlers, look(data, chosen, data[tab.page]))
 
     def choose(data_set: object) -> dict[Any, Any]:
-        return {tab.search: "", tab.which: "all"} | _updates(
-            tab, handlers, handlers.show(data_set, "tiny-sd")
-        )
+        return {tab.chosen: as_choice(data_set), tab.search: "", tab.which: "all", tab.page: 1}
+
+    def as_choice(data_set: object) -> dict[str, Any]:
+        choices = [(one.label, one.id) for one in handlers.offered()]
+        return gr.update(choices=choices, value=data_set)
 
     def find_tag(event: gr.EventData) -> str:
         return str(event._data.get("tag", ""))[:200]
@@ -244,9 +248,9 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
             "fn": opened, "inputs": view, "outputs": shown, "show_progress": "hidden", **looking,
         },
         choose={
-            "fn": choose, "outputs": [tab.search, tab.which, *shown], "show_progress": "hidden",
-            **looking,
+            "fn": choose, "outputs": [tab.chosen, tab.search, tab.which, tab.page], **quick,
         },
+        as_choice={"fn": as_choice, "inputs": tab.chosen, **quick},
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from lora_sd.data.folder_options import FolderOptions
 from lora_sd.data.images import SUFFIXES, UnreadableImage, read_image
 from lora_sd.data.listing import Listing, list_folder, stem_key
 from lora_sd.errors import DataError
-from lora_sd.run_folder import NAME_PATTERN
 from lora_sd.ui.launch import DATASETS, PROJECT
 from lora_sd.ui.texts import say
 
@@ -188,38 +187,6 @@ def match_uploads(files: Sequence[Path], on_file: OnFile = lambda done, of: Fals
     if problems:
         raise DataError(sentences([replace(one, file=Path(one.file.name)) for one in problems]))
     return uploads
-
-
-def save_folder(outputs: Path, name: str, uploads: Sequence[Upload]) -> PictureFolder:
-    """Make <outputs>/datasets/<name> of uploaded pictures; an existing one is never written over.
-
-    Raises:
-        DataError: the name cannot be used or is taken, or there are no pictures.
-    """
-    if not NAME_PATTERN.fullmatch(name):
-        raise DataError(
-            "Name the data set with letters, digits, '-', '_' and '.', beginning with a letter or "
-            "digit: 'my-cat', for example."
-        )
-    if not uploads:
-        raise DataError("Upload some pictures first.")
-    root, target = outputs / "datasets", outputs / "datasets" / name
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        target.mkdir()
-    except FileExistsError:
-        raise DataError(f"There is a data set '{name}' already. Choose another name.") from None
-    try:
-        for upload in uploads:
-            for file in filter(None, (upload.file, upload.mask)):
-                shutil.copyfile(file, target / file.name)
-            if caption := caption_files.tidy(upload.caption, keep_lines=True):
-                text = (target / upload.file.name).with_suffix(".txt")
-                text.write_text(caption + "\n", encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
-    return PictureFolder(f"mine/{name}", f"{name} ({counted(len(uploads))})", target)
 
 
 def _listing(folder: Path) -> Listing:

@@ -5,9 +5,6 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import gradio as gr
 
 from lora_sd.config import Config
 from lora_sd.data.report.facts import Report
@@ -68,26 +65,3 @@ def _file(report: Report, name: str) -> Path:
     file = folder / f"{name}-pictures.html"
     file.write_text(html, encoding="utf-8")
     return file
-
-
-@dataclass(frozen=True)
-class DataReportPart:
-    """The button and what it fills."""
-
-    button: gr.Button
-    shown: gr.HTML
-    download: gr.DownloadButton
-
-
-def build_data_report() -> DataReportPart:
-    """Lay out the part inside the current Blocks."""
-    button = gr.Button("Check the pictures", size="md", elem_id="check-pictures")
-    shown = gr.HTML(elem_id="data-report")
-    download = gr.DownloadButton(
-        "Download the whole report", size="sm", visible=False, elem_id="report-download"
-    )
-    return DataReportPart(button, shown, download)
-
-
-def wire_data_report(*parts: Any) -> None:
-    """Gone to the Data set tab; the Train tab still asks for it."""
