@@ -54,6 +54,12 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
         panel.use.click(**events.seen).then(
             lambda: gr.update(selected="generate"), None, tabs, show_progress="hidden"
         ).then(inputs=[panel.run, generate_tab.prompt], **events.choose)
+        data_tab.train.click(
+            lambda: gr.update(selected="train"), None, tabs, show_progress="hidden"
+        ).then(outputs=train_tab.data_set, **data_tab.as_choice)
+        train_tab.to_pictures.click(inputs=train_tab.data_set, **data_tab.choose).then(
+            lambda: gr.update(selected="data"), None, tabs, show_progress="hidden"
+        )
         Api(place, generating).offer()
         page.load(**events.opened)
         page.load(**panel.refresh)
