@@ -15,20 +15,15 @@ from torch import Tensor
 
 from lora_sd.adapter import LoRAWeights
 from lora_sd.algebra.low_rank import kind_of
+from lora_sd.gauge_bounds import EXPLODING, LARGE, NIL, NIL_SHARE
 from lora_sd.layers import LoRALayer
 from lora_sd.parts import block_of
 
 log = logging.getLogger("lora_sd")
-NIL, NIL_SHARE = 1e-4, 0.1
-"""What an update should have reached after so many of all steps. AdamW moves `lora_up` by about the
-learning rate a step: on the miniature base, 1e-7 gave 1.6e-6 after 40 steps, 2e-3 0.014 after 20.
-In proportion, what is below 1e-4 after a tenth of the steps ends below 1e-3."""
-EXPLODING = 1.0
-"""Above this an adapter is more than the base that it adapts: a rate of 1 gave 3 after 5 steps and
-34 after 10."""
-LARGE, FAST = 0.3, 3.0
-"""From there on, growth by more than this power of the steps is told, too: at steps of one size an
-update grows by the first power, while the rate warms up by the second; with a rate of 1, by 3.4."""
+FAST = 3.0
+"""From `LARGE` on, growth by more than this power of the steps is told, too: at steps of one size
+an update grows by the first power, while the rate warms up by the second; with a rate of 1, by
+3.4."""
 KINDS = {"linear": "update_linear", "conv": "update_conv", "text encoder": "update_text_encoder"}
 
 

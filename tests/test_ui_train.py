@@ -1,7 +1,6 @@
 """The Train tab: its handlers, and what it shows of a run."""
 
 import re
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,62 +8,12 @@ import pytest
 from PIL import Image
 from ui_fake_trainer import fake_trainer, state, wait_for  # noqa: F401
 
-from lora_sd.base_files import pickles
 from lora_sd.errors import DataError
-from lora_sd.run_folder import RunFolder, Status
 from lora_sd.ui import fields
 from lora_sd.ui.data import pictures
 from lora_sd.ui.launch import Trainer
-from lora_sd.ui.show import sentences_html
 from lora_sd.ui.train.handlers import EXAMPLE, TrainHandlers
-from lora_sd.ui.train.run_panel import changes
-from lora_sd.ui.train.run_view import card_html, duration, read_run
 from lora_sd.ui.workplace import Workplace
-
-
-@pytest.mark.parametrize("files", [["a b.ckpt"], ["one.bin", "two's.bin"]])
-def test_a_command_is_code_of_its_own(trainer: Trainer, files: list[str]) -> None:
-    paths = [Path("/models", name) for name in files]
-    refused = pickles.refusal("<model>", paths)
-    command = pickles.command({path: pickles.converted(path) for path in paths})
-    code = f">{escape(command)}</code>"
-    assert code in sentences_html(refused.problems)
-    run = RunFolder(trainer.outputs / "run")
-    run.path.mkdir(parents=True)
-    run.write_status(Status("failed", 0, 10, f"{refused.problems[0]} Set train.steps to less."))
-    card = card_html(read_run(trainer, "run"))
-    assert code + " Set &#x27;Steps&#x27; to less." in card and "&lt;model&gt;" in card
-    assert "<code" not in sentences_html(["Nothing to run, with: python -c x"])
-
-
-def test_card_escapes_what_a_run_says(trainer: Trainer) -> None:
-    run = RunFolder(trainer.outputs / "run")
-    run.path.mkdir(parents=True)
-    run.write_status(Status("failed", 3, 10, "<img src=x onerror=alert(1)>"))
-    assert "<img" not in card_html(read_run(trainer, "run"))
-
-
-def test_only_changes_are_sent_and_half_written_pictures_wait(handlers: TrainHandlers) -> None:
-    run = RunFolder(handlers.outputs / "run")
-    run.samples.mkdir(parents=True)
-    run.config_file.write_text("{}")
-    run.write_status(Status("sampling", 3, 10))
-    sample = run.sample_file(3, 0)
-    Image.effect_noise((64, 64), 90).save(sample)
-    whole = sample.read_bytes()
-    for file in (sample, run.grid_file):
-        file.write_bytes(whole[: len(whole) // 2])
-    updates, shown = changes(handlers, handlers.look(None), {})
-    assert {"card", "stop"} <= updates.keys() and not {"samples", "grid"} & updates.keys()
-    for file in (sample, run.grid_file):
-        file.write_bytes(whole)
-    updates, shown = changes(handlers, handlers.look(None), shown)
-    assert updates.keys() == {"samples", "grid"}
-    assert changes(handlers, handlers.look(None), shown)[0] == {}
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (5, 65, 900, 7500)] == ["5 s", "1 min 5 s", "15 min", "2 h 5 min"]
 
 
 @pytest.fixture
@@ -292,11 +241,6 @@ def test_the_layers_shown_are_those_that_training_adapts(handlers: TrainHandlers
     assert text_layers() == 0
     both = text_layers(adapter__text_encoder=True)
     assert text_layers(adapter__text_encoder=True, base__clip_skip=2) == both / 2 > 0
-
-
-@pytest.mark.parametrize("run", ["../run", "", None, 3, "no-such-run"])
-def test_stop_and_resume_take_only_names_of_runs(handlers: TrainHandlers, run: Any) -> None:
-    assert handlers.stop(run) and handlers.resume(run)
 
 
 def test_prompts_fit_the_pictures(handlers: TrainHandlers, more: Path) -> None:

@@ -1,5 +1,6 @@
-"""The run on the Train tab: state, loss curve, samples, log; read anew every second or so."""
+"""The run on the Train tab: state, curves, samples, gauge, log, queue; read anew every second."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -9,52 +10,89 @@ import gradio as gr
 from PIL import Image
 
 from lora_sd.ui.adapters.offered import download_copy
-from lora_sd.ui.curves import Drawn, loss_curve
-from lora_sd.ui.show import enlarged, sentences_html
-from lora_sd.ui.train.handlers import TrainHandlers
-from lora_sd.ui.train.run_view import RunView, card_html
+from lora_sd.ui.curves import Drawn, loss_curve, rate_curve, validation_curve
+from lora_sd.ui.queue import QueueState
+from lora_sd.ui.samples import Sample, shown_picture, slider
+from lora_sd.ui.show import sentences_html
+from lora_sd.ui.texts import say
+from lora_sd.ui.train.run_handlers import Look, RunHandlers, Told
+from lora_sd.ui.train.run_view import RunView, card_html, gauge_html
 
-LOOK_EVERY_S = 1.5
-EMPTY = (
-    '<section class="empty"><svg viewBox="0 0 64 40" aria-hidden="true">'
-    '<path d="M2 34 C 12 34, 12 8, 22 14 S 34 30, 44 26 S 56 30, 62 30"/></svg>'
-    "<h3>Nothing trained yet</h3><p>Press <b>Start training</b>. The example pictures and the "
-    "small base model come with the project: there is nothing to download, and the first samples "
-    "appear here within a minute or so.</p></section>"
-)
-
-GRID_TITLE = "<h3>The result: each prompt at rising scales</h3>"
+LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class RunPanel:
-    """The panel's parts that other parts of the page need."""
+    """The panel's parts that other parts of the page need.
+
+    Attributes:
+        run: its value is the run that is shown.
+        said: HTML for what is to be said of a start.
+        use, compare: buttons that lead to other tabs with that run.
+        refresh: arguments of the event that reads the run anew.
+    """
 
     run: gr.Dropdown
+    said: gr.HTML
     use: gr.Button
+    compare: gr.Button
     refresh: dict[str, Any]
-    """Arguments of the event that reads the run anew."""
 
 
-def build_run_panel(handlers: TrainHandlers) -> RunPanel:
+def build_run_panel(handlers: RunHandlers) -> RunPanel:
     """Lay out the panel inside the current column."""
     run = gr.Dropdown(
-        handlers.run_names(),
-        value=None,
-        label="Run",
-        allow_custom_value=True,
-        visible=False,
-        elem_id="run",
+        [], value=None, label=say("run.run"), allow_custom_value=True, visible=False, elem_id="run"
     )
-    card = gr.HTML(EMPTY, elem_id="run-card")
+    card = gr.HTML(_empty_html(), elem_id="run-card")
+
+    def button(name: str, **options: Any) -> gr.Button:
+        shared = {"visible": False, "size": "md", "min_width": 90, "elem_id": name}
+        return gr.Button(say(f"run.{name.replace('-', '_')}"), **{**shared, **options})
+
     with gr.Row(elem_classes="actions"):
-        stop = gr.Button("Stop and save", visible=False, elem_id="stop")
-        resume = gr.Button("Resume", variant="primary", visible=False, elem_id="resume")
-        use = gr.Button("Try it out", variant="primary", visible=False, elem_id="use")
-        download = gr.DownloadButton("Download", visible=False, elem_id="run-download")
-    said = gr.HTML()
+        go_on = button("go-on", variant="primary")
+        pause = button("pause")
+        stop = button("stop")
+        save = button("save-now")
+        sample = button("sample-now")
+        resume = button("resume", variant="primary")
+        use = button("use", variant="primary")
+        download = gr.DownloadButton(
+            say("run.download"), visible=False, size="md", min_width=90, elem_id="run-download"
+        )
+        compare = button("compare")
+    said = gr.HTML(elem_id="run-said")
+    with gr.Column(visible=False, elem_id="queue", elem_classes="snug") as queue_side:
+        queue_title = gr.HTML(elem_id="queue-title", elem_classes="part-title")
+        entry = gr.Radio([], show_label=False, container=False, elem_id="queue-entries")
+        with gr.Row(elem_classes="actions"):
+            small: dict[str, Any] = {"size": "sm", "min_width": 80}
+            up = gr.Button(say("queue.up"), elem_id="queue-up", **small)
+            down = gr.Button(say("queue.down"), elem_id="queue-down", **small)
+            remove = gr.Button(say("queue.remove"), elem_id="queue-remove", **small)
+            hold = gr.Button(say("queue.hold"), elem_id="queue-hold", **small)
+            queue_go_on = gr.Button(
+                say("queue.go_on"), variant="primary", elem_id="queue-go-on", **small
+            )
     curve = gr.HTML(visible=False, elem_id="curve")
-    grid_title = gr.HTML(GRID_TITLE, visible=False, elem_classes="part-title")
+    curves = gr.HTML(visible=False, elem_id="curves")
+    samples_title = gr.HTML(visible=False, elem_classes="part-title", elem_id="samples-title")
+    samples = gr.Gallery(
+        show_label=False,
+        columns=4,
+        height="auto",
+        format="webp",
+        buttons=["fullscreen"],
+        interactive=False,
+        visible=False,
+        elem_id="samples",
+    )
+    sample_step = gr.Slider(
+        0, 1, 0, step=1, label=say("run.samples_of"), visible=False, elem_id="sample-step",
+        buttons=[],
+    )  # fmt: skip
+    grid_title = gr.HTML(f"<h3>{say('run.grid')}</h3>", visible=False, elem_classes="part-title")
     grid = gr.Image(
         show_label=False,
         format="png",
@@ -63,100 +101,149 @@ def build_run_panel(handlers: TrainHandlers) -> RunPanel:
         visible=False,
         elem_id="grid",
     )
-    samples_title = gr.HTML(visible=False, elem_classes="part-title", elem_id="samples-title")
-    samples = gr.Gallery(
-        show_label=False,
-        columns=3,
-        height="auto",
-        format="png",
-        buttons=["fullscreen"],
-        interactive=False,
-        visible=False,
-        elem_id="samples",
-    )
-    with gr.Accordion("Log", open=False, visible=False, elem_id="log-fold") as log_fold:
+    with gr.Accordion(say("run.gauge_title"), visible=False, elem_id="gauge-fold") as gauge_fold:
+        gauge = gr.HTML(elem_id="gauge")
+    with gr.Accordion(say("run.log"), open=False, visible=False, elem_id="log-fold") as log_fold:
         log = gr.HTML(elem_id="log")
     shown = gr.State({})
     parts: dict[str, Any] = {
-        "run": run, "card": card, "stop": stop, "resume": resume, "use": use,
-        "download": download, "curve": curve, "samples_title": samples_title,
-        "samples": samples, "grid_title": grid_title, "grid": grid,
+        "run": run, "card": card, "go_on": go_on, "pause": pause, "stop": stop, "save": save,
+        "sample": sample, "resume": resume, "use": use, "download": download, "compare": compare,
+        "queue": queue_side, "queue_title": queue_title, "queue_entry": entry, "queue_hold": hold,
+        "queue_go_on": queue_go_on, "curve": curve, "curves": curves,
+        "samples_title": samples_title, "samples": samples, "sample_step": sample_step,
+        "grid_title": grid_title, "grid": grid, "gauge_fold": gauge_fold, "gauge": gauge,
         "log_fold": log_fold, "log": log,
     }  # fmt: skip
 
     def look(data: dict[Any, Any]) -> dict[Any, Any]:
-        view = handlers.look(data[run])
-        updates, now = changes(handlers, view, data[shown])
-        if not updates:
+        before = data[shown]
+        newest = before.get("newest_sample")
+        is_other = data[run] != before.get("run", [None, None])[1]
+        follows = newest is None or is_other or data[sample_step] == newest
+        found = handlers.look(
+            data[run], None if follows else data[sample_step], before.get("at_work")
+        )
+        updates, now = changes(handlers, found, before)
+        if now == before:
             return gr.skip()
         return {parts[name]: update for name, update in updates.items()} | {shown: now}
 
-    def press_stop(name: object) -> str:
-        return sentences_html(handlers.stop(name))
-
-    def press_resume(name: object) -> str:
-        return sentences_html(handlers.resume(name))
-
-    refresh = {
+    refresh: dict[str, Any] = {
         "fn": look,
-        "inputs": {run, shown},
+        "inputs": {run, shown, sample_step},
         "outputs": [*parts.values(), shown],
         "queue": False,
         "show_progress": "hidden",
         "trigger_mode": "once",
     }
-    timer = gr.Timer(LOOK_EVERY_S)
-    timer.tick(**refresh)
+    gr.Timer(LOOK_EVERY_S).tick(**refresh)
     run.input(**refresh)
+    sample_step.input(**refresh | {"trigger_mode": "always_last"})
     control: dict[str, Any] = {"concurrency_id": "trainer", "show_progress": "hidden"}
-    stop.click(press_stop, run, said, **control).then(**refresh)
-    resume.click(press_resume, run, said, **control).then(**refresh)
-    return RunPanel(run, use, refresh)
+
+    def wire(pressed: gr.Button, act: Callable[[object], Told], on: Any) -> None:
+        pressed.click(lambda value: told_html(act(value)), on, said, **control).then(**refresh)
+
+    wire(stop, handlers.stop, run)
+    wire(pause, handlers.pause, run)
+    wire(go_on, handlers.go_on, run)
+    wire(resume, handlers.resume, run)
+    wire(save, lambda name: handlers.ask_now(name, "save"), run)
+    wire(sample, lambda name: handlers.ask_now(name, "sample"), run)
+    wire(up, lambda chosen: handlers.move(chosen, -1), entry)
+    wire(down, lambda chosen: handlers.move(chosen, 1), entry)
+    wire(remove, handlers.remove, entry)
+    wire(hold, lambda _: handlers.hold(True), entry)
+    wire(queue_go_on, lambda _: handlers.hold(False), entry)
+    return RunPanel(run, said, use, compare, refresh)
+
+
+def told_html(told: Told) -> str:
+    """What came of a press, as a box of problems or a line of small print."""
+    notice = f'<p class="hint" role="status">{escape(told.notice)}</p>' if told.notice else ""
+    return sentences_html(told.problems) + notice
 
 
 def changes(
-    handlers: TrainHandlers, view: RunView | None, before: dict[str, Any]
+    handlers: RunHandlers, look: Look, before: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(updates, stamps) of the parts that changed since the last look, which had `before`."""
-    if view is None:
-        return {}, {}
-    now, updates = _stamps(handlers, view), {}
-    for name in [name for name, stamp in now.items() if before.get(name) != stamp]:
+    now: dict[str, Any] = _queue_stamps(look.queue)
+    if look.view is not None:
+        now |= _stamps(handlers, look, look.view)
+    updates: dict[str, Any] = {}
+    for name, stamp in now.items():
+        if name in UNSEEN or before.get(name) == stamp:
+            continue
         try:
-            updates[name] = _update(name, handlers, view)
+            updates[name] = (
+                _queue_update(name, look.queue)
+                if name.startswith("queue")
+                else _update(name, handlers, look, look.view or RunView(""))
+            )
         except (OSError, SyntaxError):  # a picture that is still being written: next time
             now[name] = before.get(name)
     return updates, now
 
 
-def _stamps(handlers: TrainHandlers, view: RunView) -> dict[str, Any]:
+UNSEEN = ("at_work", "newest_sample")  # kept for the next look alone
+
+
+def _stamps(handlers: RunHandlers, look: Look, view: RunView) -> dict[str, Any]:
     """What each part shows, short enough to compare and to keep for each open page."""
+    drawn = (view.name, view.course.step, view.steps)
+    result = handlers.result(view.name)
     return {
-        "run": (handlers.run_names(), view.name),
+        "at_work": look.at_work,
+        "newest_sample": view.sample_steps[-1] if view.sample_steps else None,
+        "run": (look.names, view.name, look.at_work),
         "card": (view.name, card_html(view)),
+        "go_on": view.is_paused,
+        "pause": view.can_ask and not view.is_paused,
         "stop": view.can_stop,
+        "save": (view.can_ask, "save" in view.asked),
+        "sample": (view.can_ask, "sample" in view.asked),
         "resume": view.can_resume,
         "use": (view.has_adapter, view.tone),
-        "download": (result := handlers.result(view.name)) and result.stamp(),
-        "curve": (view.name, view.course.loss[-1:], view.steps),
-        "samples_title": _step_of(view),
-        "samples": [_file_stamp(file) for file in view.samples],
+        "download": result and result.stamp(),
+        "compare": len(look.names) > 1,
+        "curve": drawn,
+        "curves": drawn,
+        "samples_title": view.sample_step,
+        "samples": [(one.stamp(), one.base) for one in view.samples],
+        "sample_step": (view.sample_steps, view.sample_step),
         "grid_title": view.grid is not None,
-        "grid": view.grid and _file_stamp(view.grid),
+        "grid": view.grid and (str(view.grid), view.grid.stat().st_mtime_ns),
+        "gauge_fold": view.steps > 0,
+        "gauge": (view.name, view.course.gauged and view.course.gauged.step),
         "log_fold": bool(view.log),
         "log": hash(view.log),
     }
 
 
-def _update(name: str, handlers: TrainHandlers, view: RunView) -> Any:
+def _update(name: str, handlers: RunHandlers, look: Look, view: RunView) -> Any:
+    drawn = [Drawn(view.name, view.course, view.steps)]
     match name:
         case "run":
-            names = handlers.run_names()
-            return gr.update(choices=names, value=view.name, visible=len(names) > 1)
+            return gr.update(
+                choices=[
+                    (say("run.run_at_work", run=one) if one == look.at_work else one, one)
+                    for one in look.names
+                ],
+                value=view.name,
+                visible=len(look.names) > 1,
+            )
         case "card":
             return card_html(view)
+        case "go_on":
+            return gr.update(visible=view.is_paused)
+        case "pause":
+            return gr.update(visible=view.can_ask and not view.is_paused)
         case "stop":
             return gr.update(visible=view.can_stop)
+        case "save" | "sample":
+            return gr.update(visible=view.can_ask, interactive=name not in view.asked)
         case "resume":
             return gr.update(visible=view.can_resume)
         case "use":
@@ -166,35 +253,85 @@ def _update(name: str, handlers: TrainHandlers, view: RunView) -> Any:
             result = handlers.result(view.name)
             file = str(download_copy(result)) if result else None
             return gr.update(value=file, visible=file is not None)
+        case "compare":
+            return gr.update(visible=len(look.names) > 1)
         case "curve":
-            html = loss_curve([Drawn(view.name, view.course, view.steps)])
-            return gr.update(value=html, visible=bool(view.course.loss))
+            return gr.update(value=loss_curve(drawn), visible=view.steps > 0)
+        case "curves":
+            both = rate_curve(drawn)
+            if view.course.validated.losses:
+                both = validation_curve(drawn) + both
+            return gr.update(value=f'<div class="small">{both}</div>', visible=view.steps > 0)
         case "samples":
-            pictures = [_sample(file) for file in view.samples]
+            pictures = [cell for one in view.samples for cell in _pair(one, view.sample_step or 0)]
             return gr.update(value=pictures, visible=bool(pictures))
         case "samples_title":
-            step = _step_of(view)
-            title = f"Samples at step {step:,}" if step else "Samples before training"
+            step = view.sample_step
+            title = say("run.samples", step=step) if step else say("run.samples_before")
             return gr.update(value=f"<h3>{title}</h3>", visible=step is not None)
+        case "sample_step":
+            steps = view.sample_steps
+            return gr.update(value=view.sample_step, visible=len(steps) > 1, **slider(steps))
         case "grid_title":
             return gr.update(visible=view.grid is not None)
         case "grid":
             return gr.update(value=view.grid and _opened(view.grid), visible=bool(view.grid))
+        case "gauge_fold":
+            return gr.update(visible=view.steps > 0)
+        case "gauge":
+            return gauge_html(view.course.gauged, view.steps)
         case "log_fold":
             return gr.update(visible=bool(view.log))
         case _:
-            return _log_html(view.log)
+            return f'<pre tabindex="0">{escape(view.log)}</pre>'
 
 
-def _step_of(view: RunView) -> int | None:
-    """The step of the samples that are shown."""
-    return int(view.samples[0].stem.split("_")[1]) if view.samples else None
+def _queue_stamps(queue: QueueState) -> dict[str, Any]:
+    there = bool(queue.entries) or queue.is_held
+    return {
+        "queue": there,
+        "queue_title": queue.held_by,
+        "queue_entry": queue.entries,
+        "queue_hold": queue.is_held,
+        "queue_go_on": queue.is_held,
+    }
 
 
-def _sample(file: Path) -> tuple[Image.Image, str]:
-    """A sample, and its prompt."""
-    picture = _opened(file)
-    return enlarged(picture), str(picture.info.get("prompt", ""))
+def _queue_update(name: str, queue: QueueState) -> Any:
+    match name:
+        case "queue":
+            return gr.update(visible=bool(queue.entries) or queue.is_held)
+        case "queue_title":
+            about = say("queue.about")
+            if queue.is_held:
+                about = say("queue.held_by", run=queue.held_by) if queue.held_by else ""
+                about = about or say("queue.held")
+            return f'<h3>{say("queue.title")}</h3><p class="hint">{escape(about)}</p>'
+        case "queue_entry":
+            return gr.update(choices=[(label, id) for label, id in _entries(queue)])
+        case "queue_hold":
+            return gr.update(visible=not queue.is_held)
+        case _:
+            return gr.update(visible=queue.is_held)
+
+
+def _entries(queue: QueueState) -> list[tuple[str, str]]:
+    """(what is written, id) of each entry."""
+    found = []
+    for place, one in enumerate(queue.entries, 1):
+        key = "entry_problem" if one.problem else "entry" if one.config else "entry_resume"
+        text = say(f"queue.{key}", place=place, run=one.run, problem=one.problem)
+        found.append((text, one.id))
+    return found
+
+
+def _pair(one: Sample, step: int) -> list[tuple[Image.Image, str]]:
+    """The base's picture, where there is one, and the sample, with what they show."""
+    own = say("run.step_picture" if step else "run.base_picture", step=step, prompt=one.prompt)
+    cells = [(shown_picture(one.file), own)]
+    if one.base is not None:
+        cells.insert(0, (shown_picture(one.base), say("run.base_picture", prompt=one.prompt)))
+    return cells
 
 
 def _opened(file: Path) -> Image.Image:
@@ -203,9 +340,9 @@ def _opened(file: Path) -> Image.Image:
         return picture
 
 
-def _file_stamp(file: Path) -> tuple[str, int]:
-    return str(file), file.stat().st_mtime_ns
-
-
-def _log_html(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
+def _empty_html() -> str:
+    return (
+        '<section class="empty"><svg viewBox="0 0 64 40" aria-hidden="true">'
+        '<path d="M2 34 C 12 34, 12 8, 22 14 S 34 30, 44 26 S 56 30, 62 30"/></svg>'
+        f"<h3>{say('run.empty_title')}</h3><p>{say('run.empty')}</p></section>"
+    )
