@@ -31,7 +31,7 @@ OPEN_TO_ALL = re.compile(
     r"|/gradio_api/(startup-events|login_check)/?"
 )
 OPEN_INSIDE = re.compile(
-    r"/(logout|config)/?|/gradio_api/(info|app_id|reset|cancel|upload|upload_progress)/?"
+    r"/(logout|config)/?|/gradio_api/(info|app_id|reset|cancel|upload|upload_progress|component_server)/?"
     r"|/gradio_api/(file=.*|heartbeat/\w+|queue/(join|data)|run/predict)"
     rf"|/gradio_api/call/(v2/)?({'|'.join(NAMES)})(/\w+)?"
 )
