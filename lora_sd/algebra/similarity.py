@@ -40,7 +40,7 @@ class Pair:
 
     @property
     def cosine(self) -> float | None:
-        """1: the same direction, 0: nothing in common, -1: opposite; None where one adds nothing."""
+        """1: the same direction, 0: nothing in common, -1: opposite; None where one is 0."""
         first, second = self.norms
         return max(-1.0, min(1.0, self.inner / (first * second))) if first and second else None
 

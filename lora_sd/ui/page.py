@@ -4,6 +4,9 @@ from pathlib import Path
 
 import gradio as gr
 
+from lora_sd.ui.adapters.events import wire_adapters_tab
+from lora_sd.ui.adapters.handlers import AdapterHandlers
+from lora_sd.ui.adapters.tab import build_adapters_tab
 from lora_sd.ui.api import Api
 from lora_sd.ui.data.events import build_data_tab
 from lora_sd.ui.data.handlers import DataHandlers
@@ -47,9 +50,12 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
                 train_tab = build_train_tab(training)
             with gr.Tab(say("page.generate"), id="generate") as generate:
                 generate_tab = build_generate_tab()
+            with gr.Tab(say("page.adapters"), id="adapters") as adapters:
+                adapters_tab = build_adapters_tab()
         events = wire_generate_tab(generate_tab, generating)
         data.select(**data_tab.opened)
         generate.select(**events.opened)
+        adapters.select(**wire_adapters_tab(adapters_tab, AdapterHandlers(place)).opened)
         panel = train_tab.panel
         panel.use.click(**events.seen).then(
             lambda: gr.update(selected="generate"), None, tabs, show_progress="hidden"
@@ -60,8 +66,12 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
         train_tab.to_pictures.click(inputs=train_tab.data_set, **data_tab.choose).then(
             lambda: gr.update(selected="data"), None, tabs, show_progress="hidden"
         )
+        adapters_tab.use.click(
+            lambda: gr.update(selected="generate"), None, tabs, show_progress="hidden"
+        ).then(inputs=[adapters_tab.version, generate_tab.prompt], **events.choose_adapter)
         Api(place, generating).offer()
         page.load(**events.opened)
         page.load(**panel.refresh)
+        page.unload(**events.left)
         page.load(generating.warm_up, None, None, concurrency_id="pipeline", show_progress="hidden")
     return page

@@ -53,8 +53,8 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
                 choices=[(one.name, one.id) for one in deleted],
                 value=deleted[0].id if deleted else None,
             ),
-            tab.file_base: gr.update(choices=bases),
-            tab.bake_base: gr.update(choices=bases),
+            tab.file_base: gr.update(choices=[(say("adapters.it_tells"), ""), *bases]),
+            tab.bake_base: gr.update(choices=[(say("adapters.its_own_base"), ""), *bases]),
         }  # fmt: skip
 
     def show_chosen(chosen: Chosen | None) -> Updates:
@@ -90,9 +90,7 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
         return found if item == item_of(adapter_id) else found | show_chosen(chosen)
 
     def press_card(event: gr.EventData) -> Updates:
-        chosen = handlers.choose(event._data.get("id") if event._data else None)
-        base = chosen.version.base() if chosen and chosen.version else ""
-        return show_chosen(chosen) | ({tab.bake_base: base} if base else {})
+        return show_chosen(handlers.choose(event._data.get("id") if event._data else None))
 
     def choose_version(adapter_id: object) -> Updates:
         return show_chosen(handlers.choose(adapter_id))
@@ -132,6 +130,7 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
             | show_chosen(chosen)
             | {
                 tab.undo_row: gr.update(visible=True),
+                tab.last_deleted: deleted.id,
                 tab.undo_said: html.said_html(say("adapters.was_deleted", name=deleted.name)),
             }
         )
@@ -260,7 +259,7 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
     tab.search.input(
         type_search, [tab.search, tab.version], tab.cards, trigger_mode="always_last", **looking
     )
-    tab.cards.click(press_card, None, [*about, tab.bake_base], **looking)
+    tab.cards.click(press_card, None, about, **looking)
     tab.version.input(choose_version, tab.version, about, **looking)
     files = [*lists, *about]
     tab.file.upload(
@@ -272,10 +271,13 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
     )
     tab.rename.click(press_rename, [tab.version, tab.name, tab.search], files, **changing)
     tab.delete.click(
-        press_delete, [tab.version, tab.search], [*files, tab.undo_row, tab.undo_said], **changing
+        press_delete,
+        [tab.version, tab.search],
+        [*files, tab.undo_row, tab.undo_said, tab.last_deleted],
+        **changing,
     )
     restored = [*files, tab.undo_row, tab.trash_said]
-    tab.undo.click(press_restore, [tab.trash, tab.search], restored, **changing)
+    tab.undo.click(press_restore, [tab.last_deleted, tab.search], restored, **changing)
     tab.restore.click(press_restore, [tab.trash, tab.search], restored, **changing)
     tab.empty_trash.click(
         press_empty, [tab.search, tab.version], [*lists, tab.undo_row, tab.trash_said], **changing

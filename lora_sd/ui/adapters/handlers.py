@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_sd.errors import AdapterError, ConfigError, UserError
-from lora_sd.known_bases import EMBEDDED
 from lora_sd.ui.adapters import library, tools
 from lora_sd.ui.adapters.cards import Card, all_cards, item_of
 from lora_sd.ui.adapters.offered import OfferedAdapter, find_adapter
+from lora_sd.ui.bases import find_base, offered_bases
 from lora_sd.ui.cancelling import Cancelling
 from lora_sd.ui.texts import say
 from lora_sd.ui.workplace import Workplace
@@ -87,12 +87,9 @@ class AdapterHandlers:
         """(label, id) of every adapter, to be chosen beside another."""
         return [(one.label, one.id) for card in all_cards(self.outputs) for one in card.versions]
 
-    def bases(self) -> list[str]:
-        """Base models that can be named: the embedded one, those of runs, those baked here."""
-        cards = all_cards(self.outputs)
-        used = [card.versions[0].base() for card in cards if card.versions]
-        baked = [f"{library.MODELS}/{path.name}" for path in self._baked()]
-        return list(dict.fromkeys([*EMBEDDED, *filter(None, used), *baked]))
+    def bases(self) -> list[tuple[str, str]]:
+        """(label, id) of the base models that can be named."""
+        return [(base.label, base.id) for base in offered_bases(self.place.models)]
 
     def import_file(self, file: object, base: object) -> OfferedAdapter:
         """Keep an uploaded adapter.
@@ -100,9 +97,11 @@ class AdapterHandlers:
         Raises:
             UserError: it is none, is damaged, or belongs to another model.
         """
-        names = {Path(file): Path(file).name} if isinstance(file, str) and file else {}
-        with tools.plain(other=names):
-            return library.import_file(self.outputs, file, base)
+        if not isinstance(file, str):
+            raise AdapterError(say("adapters.no_file"))
+        named = find_base(self.place.models, base) if base else ""
+        with tools.plain(other={Path(file): Path(file).name}):
+            return library.import_file(self.outputs, Path(file), named)
 
     def rename(self, adapter_id: object, wish: object) -> str:
         """Another name for the run or the file; its new id.
@@ -240,34 +239,26 @@ class AdapterHandlers:
         """A base model with the adapter in it.
 
         Args:
-            values: `adapter`, `scale`, `base`, `name`, and `single_file`.
+            values: `adapter`, `scale`, `name`, `single_file`, and `base`, '' for the one that it
+                was trained on.
 
         Raises:
             UserError: a value cannot be, or as of `tools.bake_files`.
         """
         check = _Check(values)
         scale = check.number("scale", -MOST_SCALE, MOST_SCALE, "adapters.scale")
-        base = check.text("base", "adapters.base")
         check.tell()
-        known = {f"{library.MODELS}/{path.name}": str(path) for path in self._baked()}
+        base = values.get("base")
+        named = find_base(self.place.models, base) if base else ""
         with self._using(values.get("adapter")) as adapter:
             return tools.bake_files(
-                self.outputs,
-                known.get(base, base),
+                self.place.models,
+                named,
                 [(adapter, scale)],
                 values.get("name"),
                 values.get("single_file") is not False,
                 watching(on_step),
             )
-
-    def _baked(self) -> list[Path]:
-        folder = self.outputs / library.MODELS
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
-        return [
-            path
-            for path in found
-            if path.suffix == ".safetensors" or (path / "model_index.json").is_file()
-        ]
 
     def _unused(self, adapter_id: object) -> str:
         """The card's id, of one that nothing is done with at this moment."""
@@ -338,13 +329,6 @@ class _Check:
         if value % 1:
             self._problems.append(say("adapters.not_whole", label=say(label)))
         return value
-
-    def text(self, name: str, label: str) -> str:
-        value = self._values.get(name)
-        if not isinstance(value, str) or not value.strip() or len(value) > 300 or "\0" in value:
-            self._problems.append(say("adapters.not_a_text", label=say(label)))
-            return ""
-        return value.strip()
 
     def tell(self) -> None:
         if self._problems:

@@ -34,7 +34,9 @@ def cards_html(found: CardList, chosen: str, searched: bool) -> str:
         )
     cards = "".join(_card(card, card.id == chosen) for card in found.cards)
     more = say("adapters.more", count=found.more) if found.more else ""
-    return f'<ul class="cards">{cards}</ul>' + (f'<p class="hint">{more}</p>' if more else "")
+    return f'<ul class="adapter-list">{cards}</ul>' + (
+        f'<p class="hint">{more}</p>' if more else ""
+    )
 
 
 def _card(card: Card, pressed: bool) -> str:
@@ -49,7 +51,7 @@ def _card(card: Card, pressed: bool) -> str:
     kind = say("adapters.run") if card.is_run else say("adapters.file")
     none = "" if card.versions else f'<span class="none">{escape(say("adapters.none_yet"))}</span>'
     return (
-        f'<li><button type="button" class="card" data-id="{escape(card.id)}" '
+        f'<li><button type="button" class="adapter-card" data-id="{escape(card.id)}" '
         f'aria-pressed="{str(pressed).lower()}">{_thumbnail(card)}'
         f'<span class="words"><span class="name"><b>{escape(card.name)}</b><small>{escape(kind)}'
         f"</small></span>{trigger}{none}"
@@ -136,7 +138,7 @@ def inspection_html(found: "Inspection") -> str:
         f"{_facts_html(facts)}{_notices_html(found.notes)}"
         + _table_html([say(f"adapters.column.{name}") for name in head], rows, sums)
         + f'<p class="hint">{escape(say("adapters.columns_help"))}</p>'
-        + f'<details class="metadata"><summary>{escape(say("adapters.metadata"))}</summary>'
+        + f'<details class="adapter-metadata"><summary>{escape(say("adapters.metadata"))}</summary>'
         + f"<dl>{shown or escape(say('adapters.no_metadata'))}</dl></details>"
     )
 
@@ -267,6 +269,6 @@ def _table_html(
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     foot = f"<tfoot>{''.join(map(line, sums))}</tfoot>" if sums else ""
     return (
-        f'<div class="table" tabindex="0"><table><thead><tr>{columns}</tr></thead>'
+        f'<div class="adapter-table" tabindex="0"><table><thead><tr>{columns}</tr></thead>'
         f"<tbody>{''.join(map(line, rows))}</tbody>{foot}</table></div>"
     )

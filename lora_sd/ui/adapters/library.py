@@ -32,7 +32,6 @@ from lora_sd.ui.texts import say
 from lora_sd.ui.workplace import Workplace
 
 TRASH = ".app/trash/adapters"
-MODELS = "models"  # the folder of baked base models beside the runs
 MOST_IMPORTED = 1_000
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps these
 
@@ -45,25 +44,22 @@ class Trashed:
     name: str
 
 
-def import_file(outputs: Path, file: object, base: object) -> OfferedAdapter:
+def import_file(outputs: Path, file: Path, base: str = "") -> OfferedAdapter:
     """Keep an uploaded adapter file that can be read wholly.
 
     Args:
         file: where Gradio put the upload.
-        base: the base model that it is said to be for; '' or None: its layers tell.
+        base: the base model that it is said to be for; '': its layers tell.
 
     Raises:
         UserError: it is no adapter, is damaged, or belongs to another model.
     """
     from lora_sd.verbs.source import read_source
 
-    named = base.strip() if isinstance(base, str) else ""
-    if not isinstance(file, str) or len(named) > 300 or "\0" in named:
-        raise AdapterError(say("adapters.no_file"))
     if len(list((outputs / UPLOADS).glob("*.safetensors"))) >= MOST_IMPORTED:
         raise AdapterError(say("adapters.too_many", most=MOST_IMPORTED))
-    read_source(Path(file), named or None)
-    return add_upload(outputs, Path(file), named)
+    read_source(file, base or None)
+    return add_upload(outputs, file, base)
 
 
 def rename(place: Workplace, item: str, wish: object) -> str:
@@ -82,7 +78,7 @@ def rename(place: Workplace, item: str, wish: object) -> str:
         with contextlib.suppress(FileNotFoundError):
             os.rename(said_file(file), said_file(target))
         return UPLOAD_MARK + name
-    if name in (DATASETS, MODELS) or os.path.lexists(place.outputs / name):
+    if name == DATASETS or os.path.lexists(place.outputs / name):
         raise RunError(say("adapters.taken", name=name))
     with _at_rest(place, item) as run:
         _move(run.path, place.outputs / name)

@@ -45,6 +45,8 @@ class AdaptersTab:
     undo_row: gr.Row
     undo_said: gr.HTML
     undo: gr.Button
+    last_deleted: gr.State
+    """Its id in the trash."""
     file: gr.File
     file_base: gr.Dropdown
     file_said: gr.HTML
@@ -112,11 +114,10 @@ def build_adapters_tab() -> AdaptersTab:
                     elem_id="adapter-import",
                 )
                 file_base = gr.Dropdown(
-                    [],
+                    [(say("adapters.it_tells"), "")],
                     value="",
                     label=say("adapters.import_base"),
                     info=say("adapters.import_base_help"),
-                    allow_custom_value=True,
                     elem_id="adapter-import-base",
                 )
                 file_said = gr.HTML(elem_id="adapter-import-said")
@@ -156,7 +157,7 @@ def build_adapters_tab() -> AdaptersTab:
                 use = gr.Button(say("adapters.use"), variant="primary", elem_id="adapter-use")
                 download = gr.Button(say("adapters.download"), elem_id="adapter-download")
             download_file = gr.DownloadButton(
-                say("adapters.download"), visible="hidden", elem_id="adapter-download-file"
+                say("adapters.download"), elem_id="adapter-download-file"
             )
             download_said = gr.HTML(elem_id="adapter-download-said")
             with gr.Accordion(say("adapters.rename_or_delete"), open=False):
@@ -257,10 +258,10 @@ def build_adapters_tab() -> AdaptersTab:
             with gr.Accordion(say("adapters.bake"), open=False):
                 _help("bake_help")
                 bake_base = gr.Dropdown(
-                    [],
+                    [(say("adapters.its_own_base"), "")],
+                    value="",
                     label=say("adapters.bake_base"),
                     info=say("adapters.bake_base_help"),
-                    allow_custom_value=True,
                     elem_id="bake-base",
                 )
                 bake_scale = _scale(say("adapters.scale"), "bake-scale")
@@ -276,6 +277,7 @@ def build_adapters_tab() -> AdaptersTab:
                 bake = _tool("bake")
     return AdaptersTab(
         search=search, cards=cards, undo_row=undo_row, undo_said=undo_said, undo=undo, file=file,
+        last_deleted=gr.State(),
         file_base=file_base, file_said=file_said, trash=trash, restore=restore,
         empty_trash=empty_trash, trash_said=trash_said, panel=panel, chosen=chosen,
         version=version, use=use, format=format, download=download, download_file=download_file,

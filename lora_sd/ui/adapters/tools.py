@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_sd import durable
 from lora_sd.errors import AdapterError, BaseModelError, UserError, shown_size
-from lora_sd.ui.adapters.library import MODELS, checked_name
+from lora_sd.ui.adapters.library import checked_name
 from lora_sd.ui.adapters.offered import (
     UPLOAD_MARK,
     OfferedAdapter,
@@ -52,7 +52,7 @@ class Made:
 
 @dataclass(frozen=True)
 class BakedModel:
-    """A base model that adapters were put into; `place` is below the folder of all runs."""
+    """A base model that adapters were put into, and where it is: 'models/cat'."""
 
     place: str
     facts: list[str]
@@ -177,14 +177,18 @@ def resize_file(
 
 
 def bake_files(
-    outputs: Path,
+    models: Path,
     base: str,
     parts: Sequence[tuple[OfferedAdapter, float]],
     name: object,
     single_file: bool,
     watch: Watch,
 ) -> BakedModel:
-    """A base model with adapters in it, in the folder of baked models.
+    """A base model with adapters in it, beside the base models that are offered.
+
+    Args:
+        models: their folder.
+        base: '': the one that the first adapter was trained on.
 
     Raises:
         UserError: the name cannot be or is taken, or something cannot be read or written.
@@ -194,18 +198,19 @@ def bake_files(
 
     adapters = [adapter for adapter, _ in parts]
     chosen = checked_name(name) + (".safetensors" if single_file else "")
-    target = outputs / MODELS / chosen
+    target = models / chosen
+    named = base or weights_of(adapters[0])
+    if named is None:
+        raise AdapterError(say("adapters.no_base"))
     if os.path.lexists(target):
         raise AdapterError(say("adapters.taken", name=chosen))
-    if (outputs / MODELS / "config.yaml").exists():  # a run of that name
-        raise AdapterError(say("adapters.taken", name=MODELS))
-    target.parent.mkdir(exist_ok=True)
     with plain(*adapters, other={target: chosen}):
+        models.mkdir(exist_ok=True)
         sources = [(adapter.file, Scales(scale)) for adapter, scale in parts]
-        done = bake(base, sources, target, watch=watch)
+        done = bake(named, sources, target, watch=watch)
         facts = [say("adapters.baked_layers", layers=done.layers), shown_size(done.size_bytes)]
         notices = _named([*done.notes, *told(done)], {one.file: one.label for one in adapters})
-    return BakedModel(f"{MODELS}/{chosen}", facts, notices)
+    return BakedModel(f"{models.name}/{chosen}", facts, notices)
 
 
 def converted(adapter: OfferedAdapter, format: object) -> tuple[Path, list[str]]:
