@@ -31,19 +31,19 @@ OPEN_TO_ALL = re.compile(
     r"|/gradio_api/(startup-events|login_check)/?"
 )
 OPEN_INSIDE = re.compile(
-    r"/(logout|config)/?|/gradio_api/(info|app_id|reset|cancel|upload|upload_progress|component_server)/?"
-    r"|/gradio_api/(file=.*|heartbeat/\w+|queue/(join|data)|run/predict)"
+    r"/(logout|config)/?|/gradio_api/(info|app_id|reset|cancel|upload|upload_progress)/?"
+    r"|/gradio_api/(file=.*|heartbeat/\w+|queue/(join|data)|run/predict|component_server)"
     rf"|/gradio_api/call/(v2/)?({'|'.join(NAMES)})(/\w+)?"
 )
 MOST_BODY = 8 * 2**20  # bytes of a request that is no upload: captions of thousands of pictures
 MOST_CACHE = 16 * 2**30  # bytes of uploads and pictures that are kept for a day
 LEFT_FREE = 2**30  # bytes of the disk that uploads leave to the runs
 WRONG_PASSWORD_S = 1.0  # until the next guess is looked at
-# All of the page comes from here; Gradio's own scripts and styles are partly inside the page.
+# All of the page comes from here. Gradio's scripts are partly inside the page, and write more.
 HEADERS = {
     "content-security-policy": (
-        "default-src 'self' 'unsafe-inline' data: blob:; object-src 'none'; base-uri 'self'; "
-        "form-action 'self'; frame-ancestors 'none'"
+        "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; "
+        "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
