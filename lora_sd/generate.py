@@ -15,6 +15,7 @@ from lora_sd import durable, inject
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel
 from lora_sd.merge import LiveWeights, MergedWeights
+from lora_sd.schedulers import scheduler_named
 
 OnStep = Callable[[int, int], bool]  # (denoising steps done, in all) -> whether to stop
 MOST_IN_A_BATCH = 8
@@ -38,6 +39,8 @@ class PictureSettings:
     height_px: int = 0
     adapter: str = ""
     scale: float = 1.0
+    scheduler: str = ""
+    """A name of `schedulers.SCHEDULERS`; empty: the base model's own."""
 
 
 class Cancelled(Exception):
@@ -55,15 +58,17 @@ def generate(
     what is drawn beside it or on which device, but for rounding.
 
     Args:
-        settings: one for each picture. All must share size, steps and guidance; `adapter` and
-            `scale` are not acted on here.
+        settings: one for each picture. All must share size, steps, guidance and scheduler;
+            `adapter` and `scale` are not acted on here.
         on_step: called with (denoising steps done, steps in all); drawing stops when it returns
             True.
 
     Raises:
         Cancelled: `on_step` asked for it.
+        BaseModelError: the scheduler cannot draw with this base, or a picture is no finite numbers.
     """
     pipeline = base.pipeline()
+    pipeline.scheduler = scheduler_named(settings[0].scheduler, base)
     parts = _parts(base, settings)
     pictures: dict[int, Image.Image] = {}
     done = 0
@@ -72,7 +77,7 @@ def generate(
     def count(_: object, __: int, ___: object, kwargs: dict[str, object]) -> dict[str, object]:
         nonlocal done
         done += 1
-        if on_step and on_step(done, total):
+        if on_step and on_step(min(done, total), total):  # some schedulers take a step more
             raise Cancelled
         return kwargs
 

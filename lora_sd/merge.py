@@ -47,10 +47,12 @@ class MergedWeights:
             raise ValueError("a weight in few bits has no room for an update: use LiveWeights")
         self._layers: dict[str, Any] = dict(adaptable_layers(components))
         self._kept: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._merged: dict[str, list[tuple[LoRAWeights, float]]] = {}
 
     @torch.no_grad()
     def set(self, adapters: Sequence[tuple[Adapter, float | Scales]]) -> None:
         """Make the weights base + sum of scale * delta; with no adapter, or at scale 0, the base.
+        Only layers whose adapters or scales are others than before are computed.
 
         Raises:
             AdapterError: an adapter has a layer that the models lack, or of another shape; the
@@ -69,21 +71,36 @@ class MergedWeights:
             bias = cast(Tensor | None, getattr(layer, "bias", None))
             self._kept[name] = layer.weight.clone(), None if bias is None else bias.clone()
         for name, (base, bias) in self._kept.items():
+            amounts = wanted.get(name, [])
+            if _same(amounts, self._merged.pop(name, None)):  # away, should what follows fail
+                self._merged[name] = amounts
+                continue
             layer = self._layers[name]
             restore_bias(layer, bias)
-            if name not in wanted:
-                layer.weight.copy_(base)
-                continue
-            merged = layer.weight.copy_(base) if base.dtype == torch.float32 else base.float()
-            for weights, amount in wanted[name]:
+            merged = layer.weight.copy_(base)
+            if amounts and base.dtype != torch.float32:
+                merged = base.float()
+            for weights, amount in amounts:
                 weights.to(base.device).add_to(merged, amount, base)
                 add_to_bias(layer, weights.bias_delta(), amount)
-            layer.weight.copy_(merged)
+            if merged is not layer.weight:
+                layer.weight.copy_(merged)
+            self._merged[name] = amounts
 
     def clear(self) -> None:
         """Put the base weights back and forget the copies."""
         self.set([])
         self._kept.clear()
+        self._merged.clear()
+
+
+def _same(
+    amounts: list[tuple[LoRAWeights, float]], merged: list[tuple[LoRAWeights, float]] | None
+) -> bool:
+    """Whether these very weights are merged already at the same scales."""
+    return merged is not None and [(id(one), amount) for one, amount in amounts] == [
+        (id(one), amount) for one, amount in merged
+    ]
 
 
 class LiveWeights:

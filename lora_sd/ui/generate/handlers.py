@@ -1,62 +1,50 @@
-"""What happens on the Generate tab: one pipeline, one lock round it, and the pictures it drew."""
+"""What happens on the Generate tab."""
 
 from __future__ import annotations
 
-import gc
-import json
-import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_sd.errors import AdapterError, ConfigError, UserError
-from lora_sd.ui.adapters.offered import OfferedAdapter, add_upload, find_adapter, offered_adapters
+from lora_sd.errors import AdapterError, ConfigError
+from lora_sd.ui.adapters.offered import (
+    OfferedAdapter,
+    adapters_of,
+    find_adapter,
+    offered_adapters,
+)
+from lora_sd.ui.bases import OfferedBase, offered_bases
 from lora_sd.ui.cancelling import Cancelling
+from lora_sd.ui.generate import pictures
+from lora_sd.ui.generate.grid import Grid, read_grid
+from lora_sd.ui.generate.pictures import Restored
+from lora_sd.ui.generate.request import Request, read_request
+from lora_sd.ui.generate.studio import OnStep, Studio
 from lora_sd.ui.workplace import Workplace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lora_sd.adapter import Adapter
-    from lora_sd.base_model import BaseModel
-    from lora_sd.generate import PictureSettings
-    from lora_sd.merge import MergedWeights
-
 BY_HAND = "by hand"
-MOST_SCALE = 1.5
-MOST_STEPS = 100
-MOST_STRIP_PX = 512  # side of the pictures of a strip that are drawn in one pass
-STRIP_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-MOST_PROMPT = 2_000  # characters
-MOST_SEED = 2**31 - 1
-PICTURES_KEPT = 64
-OnStep = Callable[[int, int], bool]
 
 
 @dataclass(frozen=True)
-class Request:
-    """A checked wish: which adapter, at what scale, and what to draw."""
+class Drawn:
+    """A picture of the base alone and with the adapters; both hold their settings."""
 
-    adapter: OfferedAdapter
-    base: str
-    scale: float
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance: float
+    request: Request
+    before: Image
+    after: Image
 
 
-@dataclass
-class _Loaded:
-    """A base model, ready to draw."""
+@dataclass(frozen=True)
+class Adopted:
+    """What the form shows when an adapter is chosen: as its run's own samples were drawn."""
 
-    base: BaseModel
-    merged: MergedWeights
-    shapes: Mapping[str, Any]
+    steps: int | None = None
+    guidance: float | None = None
+    prompt: str | None = None
 
 
 class GenerateHandlers:
@@ -67,16 +55,21 @@ class GenerateHandlers:
     """
 
     def __init__(self, place: Workplace) -> None:
+        self.place = place
         self.outputs = place.outputs
-        self._lock = threading.Lock()
-        self._loaded: tuple[str, _Loaded] | None = None
-        self._adapter: tuple[Any, Adapter] | None = None
-        self._pictures: OrderedDict[Any, Image] = OrderedDict()
+        self.studio = Studio(place.trainer)
         self.cancelling = Cancelling()
+        self._newest: dict[str, Mapping[str, Any]] = {}
+
+    # --- what there is to choose ---
 
     def adapters(self) -> list[OfferedAdapter]:
         """The adapters that can be chosen."""
         return offered_adapters(self.outputs)
+
+    def bases(self) -> list[OfferedBase]:
+        """The base models that can be chosen."""
+        return offered_bases(self.place.models)
 
     def to_choose(self, chosen: object, seen: object) -> str | None:
         """The adapter to choose when the tab is opened: what is chosen as long as it is offered,
@@ -94,6 +87,10 @@ class GenerateHandlers:
         first = next(iter(self.adapters()), None)
         return repr(first.stamp()) if first and first.is_result else None
 
+    def newest_of(self, run: object) -> str | None:
+        """A run's result, or else its newest checkpoint; None: it has saved nothing."""
+        return next((one.id for one in self.adapters() if one.run and one.run.name == run), None)
+
     def find(self, adapter_id: object) -> OfferedAdapter | None:
         """An offered adapter, or None."""
         try:
@@ -101,83 +98,88 @@ class GenerateHandlers:
         except AdapterError:
             return None
 
+    def checkpoints(self, adapter: OfferedAdapter) -> list[OfferedAdapter]:
+        """What the run of an adapter saved, in the order of the steps; itself where it has none."""
+        return adapters_of(adapter.run)[::-1] if adapter.run else [adapter]
+
+    def adopted(self, adapter: OfferedAdapter | None) -> Adopted:
+        """How the run of an adapter drew its samples."""
+        config = adapter.config() if adapter else None
+        if config is None:
+            return Adopted()
+        prompts = config.sample.prompts
+        return Adopted(config.sample.steps, config.sample.guidance, prompts[0] if prompts else None)
+
+    # --- drawing ---
+
     def request(self, values: Mapping[str, Any]) -> Request:
-        """Check what the browser sent.
+        """Check what the browser sent, by name of the field.
 
         Raises:
             UserError: all problems at once.
         """
-        problems: list[str] = []
+        return read_request(values, self.place, self.find)
 
-        def number(name: str, low: float, high: float, whole: bool = False) -> float:
-            raw: Any = values.get(name)
-            wrong = isinstance(raw, bool) or not isinstance(raw, int | float)
-            if wrong or not math.isfinite(raw) or not low <= raw <= high or (whole and raw % 1):
-                kind = "a whole number" if whole else "a number"
-                problems.append(f"{name.capitalize()} must be {kind} from {low:g} to {high:g}.")
-                return low
-            return float(raw)
-
-        def text(name: str, words: str) -> str:
-            raw = values.get(name) or ""
-            if not isinstance(raw, str) or len(raw) > MOST_PROMPT or "\0" in raw:
-                problems.append(f"{words} must be text of at most {MOST_PROMPT} characters.")
-                return ""
-            return raw.strip()
-
-        adapter = self.find(values.get("adapter"))
-        if adapter is None:
-            problems.append("Choose an adapter first: train one, or add a file.")
-        scale = number("scale", 0, MOST_SCALE)
-        seed = number("seed", 0, MOST_SEED, whole=True)
-        steps = number("steps", 1, MOST_STEPS, whole=True)
-        guidance = number("guidance", 0, 50)
-        prompt = text("prompt", "The prompt")
-        negative = text("negative", "The negative prompt")
-        config = adapter.config() if adapter else None
-        base = config.base.model if config else text("base", "The base model")
-        if problems or adapter is None:
-            raise ConfigError(problems)
-        return Request(
-            adapter, base, scale, prompt, negative, int(seed), int(steps), float(guidance)
-        )
-
-    def before_and_after(self, wish: Request, on_step: OnStep) -> tuple[Image, Image]:
-        """The same picture by the base alone and with the adapter at the wished scale.
+    def draw(self, request: Request, on_step: OnStep) -> list[Drawn]:
+        """The pictures without and with the adapters.
 
         Raises:
-            UserError: the base or the adapter cannot be used.
+            UserError: they cannot be drawn, or `on_step` wanted to stop.
         """
-        off, on = self._draw(wish, (0.0, wish.scale), on_step)
-        return off, on
+        alone = request.without_adapters()
+        before, after = self.studio.draw([[alone], [request]], on_step)
+        return [
+            Drawn(
+                one,
+                pictures.signed(off, one.without_adapters()),
+                pictures.signed(on, one),
+            )
+            for one, off, on in zip(pictures.of_each(request), before[0], after[0], strict=True)
+        ]
 
-    def strip(self, wish: Request, on_step: OnStep) -> Image:
-        """The picture at rising scales, side by side."""
+    def before_and_after(self, request: Request, on_step: OnStep) -> tuple[Image, Image]:
+        """The first of these pictures."""
+        drawn = self.draw(request, on_step)[0]
+        return drawn.before, drawn.after
+
+    def grid(self, values: Mapping[str, Any]) -> Grid:
+        """Check what the browser sent for a strip or a grid.
+
+        Raises:
+            UserError: all problems at once.
+        """
+        return read_grid(self.request(values), values, self.find, self.checkpoints)
+
+    def draw_grid(self, grid: Grid, on_step: OnStep) -> Image:
+        """All pictures of a grid as one, with labels.
+
+        Raises:
+            UserError: they cannot be drawn, or `on_step` wanted to stop.
+        """
         from lora_sd.generate import draw_grid
 
-        pictures = self._draw(wish, STRIP_SCALES, on_step)
-        labels = [f"scale {scale:g}" for scale in STRIP_SCALES]
-        return draw_grid([pictures], [wish.prompt or "(no prompt)"], labels)
+        drawn = self.studio.draw(grid.cells, on_step)
+        cells = [[of_one[0] for of_one in row] for row in drawn]
+        picture = draw_grid(cells, grid.row_labels, grid.column_labels)
+        return pictures.signed(picture, grid.cells[0][-1])
 
-    def add_file(self, file: object, base: object) -> OfferedAdapter:
-        """Keep an uploaded adapter, if it fits the base model it is said to be for.
+    def read_picture(self, file: object) -> Restored:
+        """The form's values out of a picture that was uploaded.
 
         Raises:
-            UserError: it is no adapter, or belongs to another model.
+            UserError: it holds no settings, or none that can be used.
         """
-        from lora_sd.formats import load_adapter
+        if not isinstance(file, str):
+            raise ConfigError([])
+        return self.restore(pictures.read_note(Path(file)))
 
-        if not isinstance(file, str) or not isinstance(base, str):
-            raise AdapterError("Choose an adapter file.")
-        path = Path(file)
-        with self._lock:
-            loaded = self._load(base.strip())
-            try:
-                load_adapter(path, loaded.shapes)
-            except UserError as error:  # its sentences name the path, which is ours
-                words = [problem.replace(str(path), path.name) for problem in error.problems]
-                raise AdapterError(words) from None
-        return add_upload(self.outputs, path)
+    def restore(self, note: Mapping[str, Any]) -> Restored:
+        """The form's values out of a picture's settings.
+
+        Raises:
+            UserError: they cannot be used.
+        """
+        return pictures.restore(note, self.find)
 
     def warm_up(self) -> None:
         """Import the slow libraries before they are needed; no model takes memory yet."""
@@ -186,83 +188,23 @@ class GenerateHandlers:
 
     def make_room(self) -> None:
         """Give the GPU's memory back, for a training that begins; drawing loads it again."""
-        loaded = self._loaded
-        if loaded is None or loaded[1].base.device.type == "cpu":
-            return
-        import torch
+        self.studio.make_room()
 
-        with self._lock:  # after a drawing that is under way
-            self._loaded = self._adapter = loaded = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    # --- an open page that changes its mind ---
 
-    def _draw(self, wish: Request, scales: Sequence[float], on_step: OnStep) -> list[Image]:
-        """The wished picture at each scale; those drawn before are taken from memory."""
-        from lora_sd.generate import (
-            Cancelled,
-            PictureSettings,
-            generate_at_scales,
-            generate_strip,
-        )
+    def begin(self, page: str, values: Mapping[str, Any]) -> None:
+        """A page's drawing begins."""
+        self._newest[page] = dict(values)
 
-        settings = PictureSettings(
-            wish.prompt, wish.negative_prompt, wish.seed, wish.steps, wish.guidance
-        )
-        stamp = wish.adapter.stamp()
-        with self._lock:
-            keys = [(wish.base, stamp if scale else None, settings, scale) for scale in scales]
-            missing = [
-                scale for scale, key in zip(scales, keys, strict=True) if key not in self._pictures
-            ]
-            if missing:
-                loaded = self._load(wish.base)
-                adapter = self._adapter_for(wish, loaded, stamp)
-                base, is_small = loaded.base, loaded.base.resolution_px <= MOST_STRIP_PX
-                try:
-                    if len(missing) > 2 and is_small:
-                        row = generate_strip(base, adapter, missing, settings, on_step)
-                    else:
-                        (row,) = generate_at_scales(
-                            base, loaded.merged, adapter, missing, [settings], on_step
-                        )
-                except Cancelled:
-                    raise UserError("Cancelled.") from None
-                for scale, picture in zip(missing, row, strict=True):
-                    used = wish.adapter.id if scale else ""
-                    made = replace(settings, adapter=used, scale=scale)
-                    self._pictures[keys[list(scales).index(scale)]] = _sign(picture, made)
-            drawn = [self._pictures[key] for key in keys]
-            for key in keys:
-                self._pictures.move_to_end(key)
-            while len(self._pictures) > PICTURES_KEPT:
-                self._pictures.popitem(last=False)
-        return drawn
+    def wants_other(self, page: str, values: Mapping[str, Any]) -> None:
+        """A page has asked for something else than what it may be drawing."""
+        if page in self._newest:
+            self._newest[page] = dict(values)
 
-    def _load(self, name: str) -> _Loaded:
-        """The base model, kept until another one is asked for. Call it under the lock."""
-        from lora_sd.base_loading import load_base_model, pick_device, pick_dtype
-        from lora_sd.layer_names import layer_shapes
-        from lora_sd.merge import MergedWeights
+    def is_stale(self, page: str, values: Mapping[str, Any]) -> bool:
+        """Whether the page has asked for something else since."""
+        return self._newest.get(page, values) != values
 
-        if self._loaded is None or self._loaded[0] != name:
-            self._loaded = self._adapter = None  # frees the memory before the next one needs it
-            device = pick_device()
-            base = load_base_model(name or "tiny-sd", device, pick_dtype("auto", device))
-            merged = MergedWeights(base.components)
-            self._loaded = name, _Loaded(base, merged, layer_shapes(base.components))
-        return self._loaded[1]
-
-    def _adapter_for(self, wish: Request, loaded: _Loaded, stamp: Any) -> Adapter:
-        from lora_sd.formats import load_adapter
-
-        if self._adapter is None or self._adapter[0] != (wish.base, stamp):
-            adapter = load_adapter(wish.adapter.file, loaded.shapes)
-            self._adapter = (wish.base, stamp), adapter
-        return self._adapter[1]
-
-
-def _sign(picture: Image, settings: PictureSettings) -> Image:
-    """Note in a picture how it was made, as in the PNG of a sample: Gradio writes it out."""
-    picture.info |= {"prompt": settings.prompt, "lora_sd": json.dumps(asdict(settings))}
-    return picture
+    def end(self, page: str) -> None:
+        """A page's drawing is over."""
+        self._newest.pop(page, None)
