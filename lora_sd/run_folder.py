@@ -19,6 +19,7 @@ The trainer writes, the app and other programs only read; they share nothing els
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import time
@@ -32,6 +33,7 @@ import psutil
 from lora_sd import durable
 from lora_sd.errors import DiskFull, RunError, shown_list
 
+log = logging.getLogger("lora_sd")
 State = Literal[
     "starting", "training", "sampling", "saving", "paused", "finished", "stopped", "failed"
 ]
@@ -39,6 +41,7 @@ WORKING: frozenset[str] = frozenset({"starting", "training", "sampling", "saving
 Request = Literal["stop", "pause", "save", "sample"]
 REQUESTS: tuple[Request, ...] = get_args(Request)
 STALE_AFTER_S = 30.0
+OLDER_S = 2.0  # a file system may keep time in steps of two seconds
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -118,6 +121,19 @@ class RunFolder:
     def request_file(self, request: Request) -> Path:
         """The file whose being there asks the run for something."""
         return self.path / request
+
+    def is_asked(self, request: Request, since: float) -> bool:
+        """Whether the run is asked for something now. A file from before `since` (seconds since the
+        epoch) was meant for the run as it was at work then: it is removed."""
+        file = self.request_file(request)
+        try:
+            if file.stat().st_mtime >= since - OLDER_S:
+                return True
+            log.warning("Note: '%s' was left from before, and is removed.", file)
+            file.unlink()
+        except OSError:  # there is none, mostly
+            pass
+        return False
 
     def ask(self, request: Request) -> None:
         """Ask the run for something. A pause lasts until it is withdrawn; anything else is done

@@ -119,6 +119,16 @@ class RunRecord:
         yield
         self.state(*before)
 
+    @contextlib.contextmanager
+    def paused(self, message: str) -> Iterator[None]:
+        """Be paused for a while, which counts neither for the speed nor for the time left."""
+        began = time.monotonic()
+        with self.during("paused", message):
+            yield
+        self._started += time.monotonic() - began
+        if self._bar is not None:
+            self._bar.unpause()
+
     def beat(self, message: str = "") -> None:
         """A sign of life, at most one a second; `message` says what is being done."""
         self._status.message = message or self._status.message

@@ -22,6 +22,7 @@ from types import FrameType
 
 import psutil
 
+from lora_sd.errors import RunError
 from lora_sd.run_folder import RunFolder
 
 log = logging.getLogger("lora_sd")
@@ -34,7 +35,6 @@ LOOK_EVERY_S = 0.2
 PASSED_ON_S = 2.0
 """So soon after a signal another one is the same, which `torchrun` has passed on: in a terminal
 Ctrl-C goes to the launcher and to the trainer."""
-OLDER_S = 2.0  # a stop file that is so much older than the request's beginning is another's
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")  # programs, by the file's name
 LAUNCHER_MODULES = ("accelerate.commands.", "torch.distributed.")
 
@@ -47,7 +47,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._began = time.time()
+        self.began = time.time()
         self._run: RunFolder | None = None
         self._requested, self._is_watching = False, False
         self._signalled = self._looked = 0.0
@@ -83,19 +83,11 @@ class StopRequest:
         return self._requested
 
     def _look_at_file(self, run: RunFolder) -> None:
-        try:
-            made = run.request_file("stop").stat().st_mtime
-        except OSError:
-            return
-        if made < self._began - OLDER_S:
-            log.warning(
-                "Note: '%s' was left from before, and is removed.", run.request_file("stop")
-            )
-        else:
+        if run.is_asked("stop", self.began):
             self._requested = True
             log.info("Stopping, as '%s' asks for: saving first.", run.request_file("stop"))
-        with contextlib.suppress(OSError):  # then it is looked at again
-            run.request_file("stop").unlink()
+            with contextlib.suppress(RunError):  # then it is looked at again
+                run.withdraw("stop")
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -28,6 +27,7 @@ from lora_sd.result import save_result
 from lora_sd.resume import is_finished, restore
 from lora_sd.run_folder import RunFolder, create_run
 from lora_sd.run_record import RunRecord
+from lora_sd.run_requests import RunRequests, in_any
 from lora_sd.samples import Samples
 from lora_sd.stop_request import StopRequest
 from lora_sd.trackers import Trackers
@@ -81,16 +81,14 @@ def train(
             record.beat()
             return stop.requested
 
-        def is_to_stop() -> bool:
-            """Whether any of the processes was asked to: all leave the loop at the same step."""
-            return _in_any(accelerator, stop.requested)
+        requests = RunRequests(run, stop, accelerator, record)
 
         # --- class pictures that the base has yet to draw, where a folder wants some ---
         if run_data.wants_class_pictures(config):
             with record.during("starting", "drawing class pictures"):
                 if is_main:
                     ready.notices += run_data.draw_class_pictures(base, config, beat)
-            if is_to_stop():
+            if requests.to_stop():
                 record.state("stopped", "stopped before the first step", 0)
                 return EXIT_RESUMABLE
             ready.read_again(config, stop)
@@ -134,7 +132,10 @@ def train(
             """To where the last checkpoint stands; its step."""
             return restore(run, identity, ready.layers, stateful, device, is_main)
 
-        def draw_samples() -> None:
+        def sample() -> None:
+            if not ready.prompts:
+                log.warning("Note: no samples can be drawn: sample.prompts holds no prompt.")
+                return
             with record.during("sampling", f"drawing samples of step {step}"), learner.averaged():
                 record.trackers.pictures(step, samples.draw(step, beat))
             data.release()
@@ -148,8 +149,8 @@ def train(
             )  # fmt: skip
             last = step if validation.is_over else options.steps
             has_grid = run.grid_file.is_file()
-            is_done = is_finished(run, step, last)
-            if _in_any(accelerator, is_main and is_done and (has_grid or not ready.wants_grid)):
+            is_done = is_finished(run, step, last) and (has_grid or not ready.wants_grid)
+            if in_any(accelerator, [is_main and is_done])[0]:
                 log.info("'%s' is complete already.", run.path)
                 return 0
 
@@ -167,18 +168,18 @@ def train(
         record.state("starting", "encoding the pictures", step)
         if is_main:
             ready.notices += run_data.encode(data, record, stop, is_main)
-        if not is_to_stop() and not is_main:  # what is on disk, the main one has put there
+        if not requests.to_stop() and not is_main:  # what is on disk, the main one has put there
             run_data.encode(data, record, stop, is_main)
         data.release()
         ready.describe_data(data, options.steps)
         worker.share()
         sample_every = config.sample.every_steps if ready.prompts else 0
-        stopping = is_to_stop()
+        stopping = requests.to_stop()
         due = bool(sample_every) and (step == 0 or _is_due(step, sample_every, options.steps))
         # Each process would look at another moment: the main one decides for all.
-        is_missing = _in_any(accelerator, is_main and not samples.is_drawn(step))
+        [is_missing] = in_any(accelerator, [is_main and not samples.is_drawn(step)])
         if due and is_missing and not stopping:
-            draw_samples()  # the base's, or those that a stop has cut off
+            sample()  # the base's, or those that a stop has cut off
         if data.held_out and not stopping:
             validation.measure_base()
 
@@ -188,7 +189,7 @@ def train(
         # --- the loop ---
         started = time.monotonic()
         record.training_from(step)
-        while step < options.steps and not validation.is_over and not is_to_stop():
+        while step < options.steps and not (validation.is_over or requests.answer(save, sample)):
             try:
                 loss, bad_pictures = stepper.gradients(step)
                 grad_norm = learner.clip()
@@ -215,7 +216,7 @@ def train(
             if saves or validation.is_over:
                 save()
             if sample_every and (_is_due(step, sample_every, options.steps) or validation.is_over):
-                draw_samples()
+                sample()
 
         # --- stopped on request: everything is saved ---
         if step < options.steps and not validation.is_over:
@@ -242,13 +243,6 @@ def train(
         log.info("Finished after %.0f s.", time.monotonic() - started)
         record.state("finished", verified, step)
         return 0
-
-
-def _in_any(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something is so in any of the processes."""
-    if accelerator.num_processes == 1:
-        return here
-    return float(accelerator.reduce(torch.tensor(float(here)).to(accelerator.device))) > 0
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
