@@ -32,7 +32,7 @@ OPEN_TO_ALL = re.compile(
 )
 OPEN_INSIDE = re.compile(
     r"/(logout|config)/?|/gradio_api/(info|app_id|reset|cancel|upload|upload_progress)/?"
-    r"|/gradio_api/(file=.*|heartbeat/\w+|queue/(join|data)|run/predict|component_server)"
+    r"|/gradio_api/(file=.*|heartbeat/\w+|queue/(join|data)|run/predict|component_server/?)"
     rf"|/gradio_api/call/(v2/)?({'|'.join(NAMES)})(/\w+)?"
 )
 MOST_BODY = 8 * 2**20  # bytes of a request that is no upload: captions of thousands of pictures
