@@ -50,8 +50,12 @@ def card_html(one: Card, editable: bool) -> str:
     )
 
 
-def told_html(one: Card) -> str:
-    """What is said below a caption: sizes, tokens, and what is wrong."""
+def told_html(one: Card, cut: bool = True) -> str:
+    """What is said below a caption: sizes, tokens, and what is wrong.
+
+    Args:
+        cut: whether to repeat what of the caption is not read.
+    """
     said = []
     if one.crops:
         sizes = ", ".join(dict.fromkeys("{} x {}".format(*crop.size_px) for crop in one.crops))
@@ -60,7 +64,7 @@ def told_html(one: Card) -> str:
     if one.picture.has_mask:
         said.append(say("data.card.mask"))
     lines = [f"<p>{escape(' · '.join(said))}</p>"]
-    if one.cut_at is not None:
+    if cut and one.cut_at is not None:
         lost = one.caption[one.cut_at :]
         lines.append(f'<p class="cut">{escape(say("data.card.cut"))} <del>{escape(lost)}</del></p>')
     if one.problem:
@@ -85,7 +89,7 @@ def large_html(one: Card, file: Path) -> str:
     source = say("data.large.source", source=one.picture.source) if one.picture.source else ""
     own = say("data.large.size", width=one.small.size_px[0], height=one.small.size_px[1])
     return closable_html(
-        f"<figure>{drawn}</figure><p>{escape(own)}</p>{told_html(one)}"
+        f"<figure>{drawn}</figure><p>{escape(own)}</p>{told_html(one, cut=False)}"
         f'<p class="whole">{caption}</p><p class="hint">{escape(source)}</p>',
         one.picture.name,
     )
