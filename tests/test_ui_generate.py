@@ -137,6 +137,8 @@ def test_pictures_by_scale(handlers: GenerateHandlers) -> None:
 
     # another scale draws only the picture that is new, and scale 0 is the base itself
     counted.clear()
+    alone = handlers.picture(handlers.request(wish(seed=1, count=2)), go_on)
+    assert alone.tobytes() == one.after.tobytes() and alone.info == one.after.info
     (half,) = handlers.draw(handlers.request(wish(scale=0.5)), count)
     assert half.before.tobytes() == one.before.tobytes() and counted[-1] == (2, 2)
     (off,) = handlers.draw(handlers.request(wish(scale=0)), count)
@@ -254,7 +256,8 @@ def test_a_picture_brings_its_settings_back(handlers: GenerateHandlers, tmp_path
     second = handlers.draw(handlers.request(sent), go_on)[1]
     file = pictures.keep(second.after)
     restored = handlers.read_picture(str(file))
-    assert restored.notices == [] and restored.values["seed"] == 2
+    assert restored.notices == []
+    assert (restored.values["seed"], restored.values["count"]) == (2, 1)
     (again,) = handlers.draw(handlers.request(restored.values), go_on)
     assert pictures.note_of(again.request) == pictures.note_of(second.request)
     assert np.abs(np.asarray(again.after, int) - np.asarray(second.after, int)).max() <= 1

@@ -106,7 +106,7 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
         finally:
             handlers.end(name)
         kept = [_kept(one) for one in drawn]
-        history = [*kept, *data[tab.kept]][:HISTORY]
+        history = [*kept, *(one for one in data[tab.kept] if one not in kept)][:HISTORY]
         return {
             tab.problems: "",
             tab.kept: history,
@@ -344,10 +344,7 @@ def _kept(drawn: Drawn) -> Kept:
 
 
 def _gallery(kept: list[Kept]) -> dict[str, Any]:
-    shown = [
-        (str(one.after), f"{one.note['prompt']} ({say('generate.seed')} {one.note['seed']})")
-        for one in kept
-    ]
+    shown = [(str(one.after), say("generate.in_history", **one.note)) for one in kept]
     return gr.update(value=shown, visible=True, selected_index=None)
 
 

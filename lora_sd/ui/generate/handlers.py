@@ -137,10 +137,15 @@ class GenerateHandlers:
             for one, off, on in zip(pictures.of_each(request), before[0], after[0], strict=True)
         ]
 
-    def before_and_after(self, request: Request, on_step: OnStep) -> tuple[Image, Image]:
-        """The first of these pictures."""
-        drawn = self.draw(request, on_step)[0]
-        return drawn.before, drawn.after
+    def picture(self, request: Request, on_step: OnStep) -> Image:
+        """The first picture with the adapters, without the base's.
+
+        Raises:
+            UserError: it cannot be drawn, or `on_step` wanted to stop.
+        """
+        first = pictures.of_each(request)[0]
+        ((drawn,),) = self.studio.draw([[first]], on_step)
+        return pictures.signed(drawn[0], first)
 
     def grid(self, values: Mapping[str, Any]) -> Grid:
         """Check what the browser sent for a strip or a grid.

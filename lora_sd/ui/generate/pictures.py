@@ -105,7 +105,7 @@ def restore(note: Mapping[str, Any], find: Callable[[object], OfferedAdapter | N
         ConfigError: the form would not take them.
     """
     values = {key: note[name] for key, name in FORM.items() if name in note}
-    values |= {key: None for key in ("width", "height") if values.get(key) == 0}  # an empty field
+    values["count"] = 1
     used = note.get("adapters")
     if used is None and note.get("adapter"):  # of a run's sample
         used = [{"adapter": note["adapter"], "scale": note.get("scale", 1.0)}]

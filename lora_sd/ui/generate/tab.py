@@ -12,11 +12,11 @@ from lora_sd.ui.generate.grid import ROWS, SCALES
 from lora_sd.ui.generate.request import (
     LEAST_PX,
     MOST_ADAPTERS,
+    MOST_GUIDANCE,
     MOST_PART,
-    MOST_PICTURES,
-    MOST_PX,
     MOST_SCALE,
     MOST_STEPS,
+    PARTS,
 )
 from lora_sd.ui.texts import say
 
@@ -127,9 +127,6 @@ def build_generate_tab() -> GenerateTab:
                 dice = gr.Button(say("generate.dice"), scale=2, min_width=100, elem_id="dice")
                 count = gr.Number(
                     1,
-                    minimum=1,
-                    maximum=MOST_PICTURES,
-                    precision=0,
                     label=say("generate.count"),
                     scale=2,
                     min_width=90,
@@ -144,9 +141,7 @@ def build_generate_tab() -> GenerateTab:
                 with gr.Row(elem_classes="level"):
                     width, height = (
                         gr.Number(
-                            None,
-                            minimum=0,
-                            maximum=MOST_PX,
+                            0,
                             step=LEAST_PX,
                             label=say(f"generate.{side}"),
                             info=say("generate.size_help"),
@@ -167,7 +162,7 @@ def build_generate_tab() -> GenerateTab:
                     )
                     guidance = gr.Slider(
                         0,
-                        20,
+                        MOST_GUIDANCE,
                         7.5,
                         step=0.5,
                         label=say("generate.guidance"),
@@ -343,19 +338,17 @@ def _adapter_row(number: int) -> AdapterRow:
         with gr.Accordion(say("generate.parts"), open=False, elem_id=f"parts{end}"):
             if number == 1:
                 gr.HTML(f'<p class="hint">{say("generate.parts_help")}</p>')
-            with gr.Row():
-                linear, conv, text_encoder = (
-                    gr.Slider(
-                        0,
-                        MOST_PART,
-                        1.0,
-                        step=0.05,
-                        label=say(f"generate.{part}"),
-                        min_width=120,
-                        elem_id=f"{part.replace('_', '-')}{end}",
-                    )
-                    for part in ("linear", "conv", "text_encoder")
+            linear, conv, text_encoder = (
+                gr.Slider(
+                    0,
+                    MOST_PART,
+                    1.0,
+                    step=0.05,
+                    label=say(f"generate.{part}"),
+                    elem_id=f"{part.replace('_', '-')}{end}",
                 )
+                for part in PARTS
+            )
         remove = (
             gr.Button(say("generate.remove"), size="sm", elem_id=f"remove{end}")
             if number > 1
