@@ -16,7 +16,7 @@ from lora_sd.ui.metrics import Course, Points
 from lora_sd.ui.texts import say
 
 LEAST_STEPS = 100  # that the width stands for, so that a short run is seen as a whole
-SMOOTHING_SHARE = 0.04  # of the points shown, as the half-life of the running mean
+SMOOTHING_SHARE = 0.04  # of the steps shown, as the half-life of the running mean
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ class _Line:
 def loss_curve(runs: Sequence[Drawn]) -> str:
     """Each step's loss faint, where there is one run; its smoothed course strong."""
     lines, ends = [], []
+    longest = max((run.course.step for run in runs), default=0)
     for number, run in enumerate(runs):
         if not (points := run.course.loss):
             continue
-        smooth = smoothed(points)
+        # Over as many steps in each, so that what is smoother has learned more steadily.
+        smooth = smoothed(points, SMOOTHING_SHARE * longest / run.course.steps_a_point)
         ends.append(say("run.curve_end", name=run.name, value=smooth[-1][1], step=smooth[-1][0]))
         every = run.course.steps_a_point
         if len(runs) == 1:
@@ -104,7 +106,7 @@ def small_curve(points: Points) -> str:
     points = [(step, loss) for step, loss in points if math.isfinite(loss)]
     if len(points) < 2:
         return ""
-    smooth = smoothed(points)
+    smooth = smoothed(points, SMOOTHING_SHARE * len(points))
     low, high = min(loss for _, loss in smooth), max(loss for _, loss in smooth)
     scale = _Scale(smooth[0][0], smooth[-1][0], low, high if high > low else low + 1)
     said = say("run.small_curve", first=smooth[0][1], last=smooth[-1][1])
@@ -114,9 +116,9 @@ def small_curve(points: Points) -> str:
     )
 
 
-def smoothed(points: Points) -> list[tuple[int, float]]:
-    """A running mean that forgets: started without bias, as Adam's."""
-    keep = 0.5 ** (1 / max(1.0, SMOOTHING_SHARE * len(points)))
+def smoothed(points: Points, half_life: float) -> list[tuple[int, float]]:
+    """A running mean that forgets half in so many points: started without bias, as Adam's."""
+    keep = 0.5 ** (1 / max(1.0, half_life))
     mean, weight, smooth = 0.0, 0.0, []
     for step, loss in points:
         mean, weight = keep * mean + (1 - keep) * loss, keep * weight + (1 - keep)
@@ -180,7 +182,7 @@ def _plot(
     )
     keys = "".join(
         f'<span class="key {line.style} of-{line.run}">{escape(line.key)}</span>'
-        for line in reversed(lines)
+        for line in sorted(lines, key=lambda line: line.style == "raw")
         if line.key
     )
     said = f"{title}. {' '.join(ends) or say('run.nothing_yet')}"

@@ -8,6 +8,8 @@ from lora_sd.ui.adapters.events import wire_adapters_tab
 from lora_sd.ui.adapters.handlers import AdapterHandlers
 from lora_sd.ui.adapters.tab import build_adapters_tab
 from lora_sd.ui.api import Api
+from lora_sd.ui.compare.handlers import CompareHandlers
+from lora_sd.ui.compare.tab import build_compare_tab
 from lora_sd.ui.data.events import build_data_tab
 from lora_sd.ui.data.handlers import DataHandlers
 from lora_sd.ui.generate.events import wire_generate_tab
@@ -52,6 +54,8 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
                 generate_tab = build_generate_tab()
             with gr.Tab(say("page.adapters"), id="adapters") as adapters:
                 adapters_tab = build_adapters_tab()
+            with gr.Tab(say("page.compare"), id="compare") as compare:
+                compare_tab = build_compare_tab(CompareHandlers(place))
         events = wire_generate_tab(generate_tab, generating)
         data.select(**data_tab.opened)
         generate.select(**events.opened)
@@ -69,6 +73,10 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
         adapters_tab.use.click(
             lambda: gr.update(selected="generate"), None, tabs, show_progress="hidden"
         ).then(inputs=[adapters_tab.version, generate_tab.prompt], **events.choose_adapter)
+        compare.select(**compare_tab.opened).then(**compare_tab.refresh)
+        panel.compare.click(inputs=[panel.run, *compare_tab.chosen], **compare_tab.choose).then(
+            lambda: gr.update(selected="compare"), None, tabs, show_progress="hidden"
+        )
         Api(place, generating).offer()
         page.load(**events.opened)
         page.load(**panel.refresh)

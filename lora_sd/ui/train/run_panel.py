@@ -29,6 +29,7 @@ class RunPanel:
         run: its value is the run that is shown.
         said: HTML for what is to be said of a start.
         use, compare: buttons that lead to other tabs with that run.
+        at_work: the run that is being trained, or "".
         refresh: arguments of the event that reads the run anew.
     """
 
@@ -36,6 +37,7 @@ class RunPanel:
     said: gr.HTML
     use: gr.Button
     compare: gr.Button
+    at_work: gr.State
     refresh: dict[str, Any]
 
 
@@ -87,6 +89,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
         interactive=False,
         visible=False,
         elem_id="samples",
+        elem_classes="captioned",
     )
     sample_step = gr.Slider(
         0, 1, 0, step=1, label=say("run.samples_of"), visible=False, elem_id="sample-step",
@@ -105,7 +108,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
         gauge = gr.HTML(elem_id="gauge")
     with gr.Accordion(say("run.log"), open=False, visible=False, elem_id="log-fold") as log_fold:
         log = gr.HTML(elem_id="log")
-    shown = gr.State({})
+    shown, at_work = gr.State({}), gr.State("")
     parts: dict[str, Any] = {
         "run": run, "card": card, "go_on": go_on, "pause": pause, "stop": stop, "save": save,
         "sample": sample, "resume": resume, "use": use, "download": download, "compare": compare,
@@ -127,12 +130,16 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
         updates, now = changes(handlers, found, before)
         if now == before:
             return gr.skip()
-        return {parts[name]: update for name, update in updates.items()} | {shown: now}
+        sent: dict[Any, Any] = {parts[name]: update for name, update in updates.items()}
+        sent[shown] = now
+        if now.get("at_work") != before.get("at_work"):
+            sent[at_work] = now["at_work"] or ""
+        return sent
 
     refresh: dict[str, Any] = {
         "fn": look,
         "inputs": {run, shown, sample_step},
-        "outputs": [*parts.values(), shown],
+        "outputs": [*parts.values(), shown, at_work],
         "queue": False,
         "show_progress": "hidden",
         "trigger_mode": "once",
@@ -156,7 +163,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
     wire(remove, handlers.remove, entry)
     wire(hold, lambda _: handlers.hold(True), entry)
     wire(queue_go_on, lambda _: handlers.hold(False), entry)
-    return RunPanel(run, said, use, compare, refresh)
+    return RunPanel(run, said, use, compare, at_work, refresh)
 
 
 def told_html(told: Told) -> str:
