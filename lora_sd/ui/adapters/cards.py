@@ -14,8 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_sd.errors import AdapterError
-from lora_sd.run_folder import RunFolder, list_runs
+from lora_sd.config import config_from_values, read_yaml
+from lora_sd.errors import AdapterError, RunError, UserError
+from lora_sd.run_folder import RunFolder, list_runs, open_run
 from lora_sd.ui.adapters.offered import UPLOAD_MARK, OfferedAdapter, adapters_of, imported
 from lora_sd.ui.metrics import Points, read_course
 
@@ -82,22 +83,32 @@ def all_cards(outputs: Path) -> list[Card]:
     return runs + [_file_card(adapter) for adapter in imported(outputs)]
 
 
+def find_card(outputs: Path, item: str) -> Card | None:
+    """The card of that id."""
+    if item.startswith(UPLOAD_MARK):
+        return next((_file_card(one) for one in imported(outputs) if one.id == item), None)
+    try:
+        return _run_card(open_run(outputs, item))
+    except RunError:
+        return None
+
+
 def _run_card(run: RunFolder) -> Card:
     versions = tuple(adapters_of(run))
     facts, size = _facts(versions)
     losses = facts.losses or read_course(run.metrics_file).loss
-    config = versions[0].config() if versions else OfferedAdapter("", "", Path(), run).config()
-    made = run.config_file.stat().st_mtime
+    made = run.config_file.stat()
+    said = _read_config(str(run.config_file), made.st_mtime_ns)
     return Card(
         run.name,
         run.name,
         True,
         versions,
         FileFacts(
-            rank=facts.rank or (str(config.adapter.rank) if config else ""),
-            base=_base_words(config.base.model) if config else facts.base,
-            trigger=(config and config.data.trigger_word) or facts.trigger,
-            date=_day(made),
+            rank=facts.rank or said.rank,
+            base=said.base or facts.base,
+            trigger=said.trigger or facts.trigger,
+            date=_day(made.st_mtime),
             thumbnail=_newest_sample(run) or facts.thumbnail,
             losses=losses,
             problem=facts.problem,
@@ -106,9 +117,23 @@ def _run_card(run: RunFolder) -> Card:
     )
 
 
+@lru_cache(maxsize=1024)
+def _read_config(path: str, changed_ns: int) -> FileFacts:
+    """What a run's settings say."""
+    try:
+        config = config_from_values(read_yaml(Path(path)))
+    except UserError:
+        return FileFacts()
+    return FileFacts(
+        rank=str(config.adapter.rank),
+        base=_base_words(config.base.model),
+        trigger=config.data.trigger_word or "",
+    )
+
+
 def _file_card(adapter: OfferedAdapter) -> Card:
     facts, size = _facts((adapter,))
-    said = _base_words(adapter.base())
+    said = _base_words(adapter.said_base())
     facts = facts if not said else FileFacts(**{**vars(facts), "base": said})
     return Card(adapter.id, adapter.id.removeprefix(UPLOAD_MARK), False, (adapter,), facts, size)
 
@@ -122,7 +147,7 @@ def _facts(versions: Sequence[OfferedAdapter]) -> tuple[FileFacts, int]:
     return _read_facts(*stamp), stamp[2]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def _read_facts(path: str, changed_ns: int, size: int) -> FileFacts:
     from lora_sd.formats.safetensors_file import read_header
 
@@ -170,7 +195,7 @@ def _newest_sample(run: RunFolder) -> str:
         return ""
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def _sample(path: str, changed_ns: int) -> str:
     with Image.open(path, formats=("PNG",)) as opened:
         return _as_uri(opened)

@@ -53,7 +53,9 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
                 choices=[(one.name, one.id) for one in deleted],
                 value=deleted[0].id if deleted else None,
             ),
-            tab.file_base: gr.update(choices=[(say("adapters.it_tells"), ""), *bases]),
+            tab.file_base: gr.update(
+                choices=[(say("adapters.it_tells"), ""), *handlers.families(), *bases]
+            ),
             tab.bake_base: gr.update(choices=[(say("adapters.its_own_base"), ""), *bases]),
         }  # fmt: skip
 

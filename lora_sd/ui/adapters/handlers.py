@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_sd.errors import AdapterError, ConfigError, UserError
+from lora_sd.known_bases import PUBLISHED
 from lora_sd.ui.adapters import library, tools
-from lora_sd.ui.adapters.cards import Card, all_cards, item_of
-from lora_sd.ui.adapters.offered import OfferedAdapter, find_adapter
+from lora_sd.ui.adapters.cards import BASES, Card, all_cards, find_card, item_of
+from lora_sd.ui.adapters.offered import OfferedAdapter, find_adapter, offered_adapters
 from lora_sd.ui.bases import find_base, offered_bases
 from lora_sd.ui.cancelling import Cancelling
 from lora_sd.ui.texts import say
@@ -74,9 +75,9 @@ class AdapterHandlers:
 
     def choose(self, adapter_id: object) -> Chosen | None:
         """What an adapter's or a card's id stands for; the first card where it has gone."""
-        cards = all_cards(self.outputs)
-        card = next((card for card in cards if card.id == item_of(adapter_id)), None)
+        card = find_card(self.outputs, item_of(adapter_id))
         if card is None:  # one that can be used, where there is any
+            cards = all_cards(self.outputs)
             card = next(iter([*(one for one in cards if one.versions), *cards]), None)
         if card is None:
             return None
@@ -85,7 +86,11 @@ class AdapterHandlers:
 
     def others(self) -> list[tuple[str, str]]:
         """(label, id) of every adapter, to be chosen beside another."""
-        return [(one.label, one.id) for card in all_cards(self.outputs) for one in card.versions]
+        return [(one.label, one.id) for one in offered_adapters(self.outputs)]
+
+    def families(self) -> list[tuple[str, str]]:
+        """(label, id) of the families of base models."""
+        return [(BASES[family], family) for family in PUBLISHED]
 
     def bases(self) -> list[tuple[str, str]]:
         """(label, id) of the base models that can be named."""
@@ -99,7 +104,9 @@ class AdapterHandlers:
         """
         if not isinstance(file, str):
             raise AdapterError(say("adapters.no_file"))
-        named = find_base(self.place.models, base) if base else ""
+        named = str(base or "")
+        if named and named not in PUBLISHED:
+            named = find_base(self.place.models, base)
         with tools.plain(other={Path(file): Path(file).name}):
             return library.import_file(self.outputs, Path(file), named)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from lora_sd import durable
 from lora_sd.config import Config, config_from_values, read_yaml
 from lora_sd.errors import AdapterError, RunError, UserError
+from lora_sd.known_bases import PUBLISHED
 from lora_sd.run_folder import RunFolder, list_runs, open_run
 from lora_sd.ui.texts import say
 
@@ -55,7 +56,13 @@ class OfferedAdapter:
             return None
 
     def base(self) -> str:
-        """The base model that it was trained on or said to be for; '' where nobody said."""
+        """The base model that it was trained on or said to be for; '' where nobody said, or named
+        no more than a family."""
+        said = self.said_base()
+        return "" if said in PUBLISHED else said
+
+    def said_base(self) -> str:
+        """`base`, or the name of a family: 'sd15'."""
         if self.run is not None:
             config = self.config()
             return config.base.model if config else ""
@@ -120,7 +127,7 @@ def add_upload(outputs: Path, file: Path, base: str = "") -> OfferedAdapter:
     """Keep an uploaded adapter file under a safe and free name.
 
     Args:
-        base: the base model that it is said to be for, where its layers do not tell.
+        base: the base model or family that it is said to be for, where its layers do not tell.
     """
     target = free_file(outputs, file.stem)
     shutil.copyfile(file, target)

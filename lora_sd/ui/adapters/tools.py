@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("kohya", "diffusers")
 PRIVATE_KEYS = ("lora_sd.config", "lora_sd.loss_curve", "modelspec.thumbnail", "ss_tag_frequency")
+FLAGS = {"--base": "adapters.base", "--rank": "adapters.rank", "--energy": "adapters.energy"}
 OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "modelspec.date")
 
 
@@ -250,7 +251,7 @@ def reading_base(adapter: OfferedAdapter) -> str | None:
         detect_family(adapter.file)
         return None
     except AdapterError:
-        return adapter.base() or None
+        return adapter.said_base() or None
 
 
 def weights_of(adapter: OfferedAdapter) -> str | None:
@@ -310,9 +311,10 @@ def plain(*adapters: OfferedAdapter, other: Mapping[Path, str] | None = None) ->
 
 
 def _named(sentences: Sequence[str], names: Mapping[Path, str]) -> list[str]:
+    labels = {flag: f"'{say(key)}'" for flag, key in FLAGS.items()}
     found = list(sentences)
-    for path, name in names.items():
-        found = [one.replace(str(path), name) for one in found]
+    for words, name in [*((str(path), name) for path, name in names.items()), *labels.items()]:
+        found = [one.replace(words, name) for one in found]
     return found
 
 
