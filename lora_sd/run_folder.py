@@ -69,7 +69,7 @@ class Status:
                 abs(process.create_time() - self.process_started) < 1.0
                 and process.status() != psutil.STATUS_ZOMBIE
             )
-        except (psutil.Error, ValueError):
+        except (psutil.Error, ValueError, OverflowError):
             return False
 
     def is_interrupted(self) -> bool:
@@ -145,7 +145,7 @@ class RunFolder:
         try:
             self.request_file(request).touch()
         except OSError as error:
-            raise RunError(f"'{self.path}' cannot be written to: {error.strerror}.") from None
+            raise RunError(f"'{self.name}' cannot be written to: {error.strerror}.") from None
 
     def withdraw(self, request: Request) -> None:
         """Ask no longer.
@@ -156,7 +156,7 @@ class RunFolder:
         try:
             self.request_file(request).unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"'{self.path}' cannot be written to: {error.strerror}.") from None
+            raise RunError(f"'{self.name}' cannot be written to: {error.strerror}.") from None
 
     def write_status(self, status: Status) -> None:
         """Replace status.json at once; the writer's pid and the time are filled in.
@@ -187,7 +187,7 @@ class RunFolder:
                 float(status.process_started),
                 float(status.heartbeat),
             )
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, OverflowError, TypeError, AttributeError):
             return None
 
     def append_metrics(self, values: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ LOOK_EVERY_S = 0.2
 PASSED_ON_S = 2.0
 """So soon after a signal another one is the same, which `torchrun` has passed on: in a terminal
 Ctrl-C goes to the launcher and to the trainer."""
-LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")  # programs, by the file's name
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate_launch")  # files' names
 LAUNCHER_MODULES = ("accelerate.commands.", "torch.distributed.")
 
 

@@ -15,7 +15,12 @@ from lora_sd.ui.launch import PROJECT, Trainer
 from lora_sd.ui.train.run_view import read_run
 
 # As `accelerate launch` does: starts the trainer, waits, and leaves it behind when killed.
-FAKE_LAUNCHER = "import subprocess, sys; sys.exit(subprocess.Popen(sys.argv[1:]).wait())"
+FAKE_LAUNCHER = """
+import subprocess, sys
+code = subprocess.Popen(sys.argv[1:]).wait()
+print(f"\\nThe trainer ended: {code}", flush=True)
+sys.exit(abs(code))
+"""
 FAKE_TRAINER = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(PROJECT)!r})
@@ -36,10 +41,23 @@ stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1) if config.train.seed != 13 else None)
 status = run.read_status() if resumed else Status("starting", 0, config.train.steps)
 status.state = "training"
+def asked(request):
+    there = run.request_file(request).exists()
+    if there and request != "pause":
+        run.withdraw(request)
+    return there
 while status.step < config.train.steps and not stop:
-    if run.request_file("stop").exists():
-        run.request_file("stop").unlink()
+    if asked("save"):
+        run.checkpoint(status.step).mkdir()
+    if asked("sample"):
+        run.sample_file(status.step, 0).touch()
+    if asked("stop"):
         stop.append(1)
+    status.state = "paused" if asked("pause") else "training"
+    if status.state == "paused":
+        run.write_status(status)
+        time.sleep(0.02)
+        continue
     time.sleep(0.05)
     status.step += 1
     run.append_metrics({{"step": status.step, "loss": 1 / status.step, "lr": 1e-3, "grad_norm": 1.0,
