@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from lora_sd.config import Config, config_from_values, read_yaml
+from lora_sd.config import Config, config_from_values, read_yaml, settings
 from lora_sd.errors import UserError
 from lora_sd.ui import fields
 from lora_sd.ui.launch import PROJECT
-from lora_sd.ui.train.handlers import OWN_FIELDS
+from lora_sd.ui.train import further
 from lora_sd.ui.train.more_settings import MAIN_FIELDS, folded_settings
 
 
@@ -19,7 +19,8 @@ def test_every_setting_survives_the_form(file: Path | None) -> None:
     before = config_from_values(read_yaml(file)) if file else Config()
     values = fields.form_values(before, fields.FIELDS)
     form = {name: fields.component(name, values[name]).value for name in fields.FIELDS}
-    assert fields.config_from_form(form) == before
+    config = fields.config_from_form(form)
+    assert config == before
 
 
 def test_help_and_range_are_those_of_the_config() -> None:
@@ -29,7 +30,7 @@ def test_help_and_range_are_those_of_the_config() -> None:
         "Inner size of the adapter in linear layers and 1x1 convolutions; 0 leaves them alone. "
         "0 to 1024."
     )
-    assert fields.help_text("optimizer.learning_rate").endswith("Above 0 to 10.")
+    assert fields.help_text("optimizer.learning_rate").endswith("Above 0, up to 10.")
 
 
 @pytest.mark.parametrize(
@@ -44,12 +45,12 @@ def test_help_and_range_are_those_of_the_config() -> None:
         (
             "optimizer.schedule",
             "sideways",
-            "'Schedule' is 'sideways': input should be 'constant', 'linear'",
+            "'Learning rate schedule' is 'sideways': input should be 'constant', 'linear'",
         ),
         ("memory.gradient_checkpointing", "yes", "'Gradient checkpointing' must be on or off."),
         ("base.model", ["a"], "'Base model' must be text."),
         ("base.model", "x" * 30_000, "'Base model' is too long"),
-        ("sample.scales", "0, one", "'Scales' holds 'one', which is no number."),
+        ("sample.scales", "0, one", "'Scales of the grid' holds 'one', which is no number."),
         (
             "data.resolution_px",
             "512, 5",
@@ -105,15 +106,61 @@ def test_what_can_be_chosen_among_numbers_stays_a_number() -> None:
 
 def test_every_setting_is_on_the_page_once() -> None:
     folded = [name for names in folded_settings().values() for name in names]
-    assert sorted([*folded, *MAIN_FIELDS, *OWN_FIELDS]) == sorted(fields.FIELDS)
+    everything = sorted([*fields.FIELDS, *further.FIRST])
+    assert sorted([*folded, *MAIN_FIELDS]) == everything
     assert all(folded_settings().values())
-    assert folded_settings()["Masks"] == ["data.masks", "data.unmasked_weight"]
+    assert {*dict(settings())} - {*fields.FIELDS} == {*fields.NOT_ON_THE_PAGE}
 
 
-def test_labels_are_of_settings_that_there_are() -> None:
-    assert fields.LABELS.keys() <= fields.FIELDS.keys()
-    labels = [fields.label(name) for name in fields.FIELDS if name.startswith("data.")]
-    assert len(set(labels)) == len(labels)
+def test_every_field_has_a_label_of_its_own_and_help() -> None:
+    names = [*fields.FIELDS, *further.FIRST]
+    assert len({fields.label(name) for name in names}) == len(names)
+    assert all(fields.help_text(name).endswith(".") for name in names)
+
+
+def test_help_calls_other_settings_as_the_page_does() -> None:
+    assert "'Batch size' times this" in fields.help_text("train.gradient_accumulation")
+    assert "huber_c" not in fields.help_text("objective.huber_schedule")
+
+
+def test_what_is_wrong_is_told_apart_by_field() -> None:
+    with pytest.raises(fields.FormError) as caught:
+        fields.config_from_form(
+            {
+                "train.steps": 0,
+                "sample.scales": "x",
+                "adapter.dora": "input",
+                "adapter.up_bias": True,
+            }
+        )
+    error = caught.value
+    assert error.by_field == {
+        "train.steps": "'Steps' is 0: input should be greater than or equal to 1.",
+        "sample.scales": "'Scales of the grid' holds 'x', which is no number.",
+    }
+    assert len(error.others) == 1 and "dora" in error.others[0]
+    assert {*error.problems} == {*error.by_field.values(), *error.others}
+
+
+def test_plain_text_stays_plain_in_markdown() -> None:
+    assert fields.as_markdown("*a* <b>") == r"\*a\* \<b\>"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fits"),
+    [
+        ("train.steps", 3, True),
+        ("train.steps", "many", False),
+        ("train.steps", [3], False),
+        ("optimizer.schedule", "cosine", True),
+        ("optimizer.schedule", "sideways", False),
+        ("memory.compile", True, True),
+        ("memory.compile", "yes", False),
+        ("data.max_tokens", 75, True),
+    ],
+)
+def test_what_a_field_could_hold(name: str, value: Any, fits: bool) -> None:
+    assert fields.is_value(name, value) is fits
 
 
 def _as_shown(name: str, value: Any) -> Any:

@@ -73,16 +73,20 @@ def as_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+.!|~<>-])", r"\\\1", text)
 
 
-def component(name: str, value: Any, *, info: bool = True, **options: Any) -> Component:
-    """The form field of a setting, showing `value`."""
+def component(name: str, value: Any, **options: Any) -> Component:
+    """The form field of a setting, showing `value`, as a configuration has it."""
+    return component_showing(name, shown_value(name, value), **options)
+
+
+def component_showing(name: str, shown: Any, **options: Any) -> Component:
+    """The form field of a setting that holds `shown`."""
     kind = _kind(name)
     shared = {
         "label": label(name),
-        "info": help_text(name) if info else None,
+        "info": help_text(name),
         "elem_id": name.replace(".", "-"),
         **options,
     }
-    shown = shown_value(name, value)
     if get_origin(kind) is Literal:
         return gr.Dropdown(list(get_args(kind)), value=shown, **shared)
     if kind is bool:

@@ -113,6 +113,12 @@ def wire_train_form(form: TrainForm, panel: RunPanel, handlers: TrainHandlers) -
         form.totals,
         **LAST,
     )
+    panel.at_work.change(
+        lambda run: gr.update(value=say("train.queue" if run else "train.start")),
+        panel.at_work,
+        form.start,
+        **QUICK,
+    )
     # In the browser alone: nothing is sent.
     gr.on(
         _changes(form, parts),

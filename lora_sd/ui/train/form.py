@@ -58,18 +58,16 @@ def build_train_form(handlers: TrainHandlers) -> TrainForm:
         if build := special.get(name):
             parts[name] = build(**options)
         else:
-            parts[name] = fields.component(name, first[name], **options)
+            parts[name] = fields.component_showing(name, first[name], **options)
 
     special = _special_parts(handlers, first)
     kept = gr.BrowserState(None, storage_key="lora_sd.form", secret=secret)
     set_to = gr.BrowserState(first, storage_key="lora_sd.set", secret=secret)
     _heading("train.pictures")
-    with gr.Row(elem_classes="beside", equal_height=False):
-        add("data.folder", scale=3)
-        to_pictures = gr.Button(
-            say("train.to_pictures"), size="md", min_width=170, scale=1, elem_id="to-pictures"
-        )
+    add("data.folder")
     thumbs = gr.HTML(elem_id="train-thumbs")
+    with gr.Row(elem_classes="actions"):
+        to_pictures = gr.Button(say("train.to_pictures"), size="md", elem_id="to-pictures")
     mask_note = gr.HTML(visible=False, elem_id="mask-note")
     with gr.Row(elem_classes="level"):
         add("data.trigger_word", placeholder=say("train.none"))
@@ -80,10 +78,11 @@ def build_train_form(handlers: TrainHandlers) -> TrainForm:
         add(SUBJECT)
         add(CARD)
     recipe_note = gr.HTML(elem_id="recipe-note")
-    reset = gr.Button(say("train.reset"), size="sm", elem_id="reset-recipe")
+    with gr.Row(elem_classes="actions"):
+        reset = gr.Button(say("train.reset"), size="sm", elem_id="reset-recipe")
     _heading("train.how")
     add("output.name", placeholder=say("train.name_example"))
-    with gr.Row(elem_classes="main-fields"):
+    with gr.Row(elem_classes="level main-fields"):
         for name in (
             "train.steps", "optimizer.learning_rate", "train.batch_size", "adapter.rank",
             "data.resolution_px", "train.seed",
@@ -172,7 +171,7 @@ def _special_parts(
         further.PRIOR_WEIGHT: lambda **options: part(
             gr.Number, further.PRIOR_WEIGHT, step=0.1, **options
         ),
-        "sample.prompt_file": lambda **options: fields.component(
+        "sample.prompt_file": lambda **options: fields.component_showing(
             "sample.prompt_file", first["sample.prompt_file"], lines=3, **options
         ),
     }

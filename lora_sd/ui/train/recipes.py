@@ -46,7 +46,7 @@ CARDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "sd21": {"small": _NARROW, "medium": _NARROW, "large": _WIDE},
     "sdxl": {
         "small": {**_NARROW, "memory.base_weights": "int8", "memory.vae_slicing": True},
-        "medium": {**_NARROW, "memory.vae_slicing": True},
+        "medium": {**_NARROW, "memory.vae_slicing": True, "sample.scales": []},
         "large": {**_WIDE, "memory.gradient_checkpointing": True},
     },
 }
@@ -163,6 +163,7 @@ def reasons(wish: Wish) -> list[str]:
         say(f"train.recipe.subject.{wish.subject}"),
         *([say("train.recipe.text_encoder")] if values["adapter.text_encoder"] else []),
         card,
+        *([] if values["sample.scales"] else [say("train.recipe.no_grid")]),
         say("train.recipe.steps", times=times, **said),
     ]
 
