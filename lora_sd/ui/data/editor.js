@@ -42,9 +42,9 @@ async function save(area) {
 }
 
 async function look(item) {
-  const dialog = element.querySelector("dialog.large");
+  const dialog = element.querySelector("dialog.large"), wasOpen = dialog.open;
   const html = await ask("look", item.querySelector(".look"));
-  if (html === null) return;
+  if (html === null || dialog.open !== wasOpen) return; // closed while the app was asked
   dialog.innerHTML = html;
   dialog.dataset.name = item.dataset.name;
   if (!dialog.open) dialog.showModal();

@@ -120,6 +120,7 @@ def _captioned(listing: Listing, sources: CaptionSources, name: str) -> Captione
     return Captioned(name, lines, source, has_mask=has_mask)
 
 
+@lru_cache(4 * MOST_KEPT)
 def cut_place(caption: str, base: str) -> tuple[int, int | None]:
     """(tokens of a caption, the place from which it is not read or None)."""
     spans = facts_of(base).spans(caption)

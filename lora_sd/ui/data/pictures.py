@@ -4,7 +4,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,22 +58,8 @@ class Upload:
 
 def offered_folders(outputs: Path, more: Path | None) -> list[PictureFolder]:
     """The example, the saved data sets, then the folders in the one named at the start."""
-    places = [
-        ("example", "data.label.example", PROJECT / "assets"),
-        ("mine", "data.label.saved", outputs / DATASETS),
-    ]
-    if more:
-        places.append(("more", "data.label.saved", more))
-    found = []
-    for place, key, root in places:
-        for path in sorted(root.iterdir()) if root.is_dir() else []:
-            if path.name.startswith(".") or not path.is_dir():
-                continue
-            listing = _listing(path)
-            if listing.pictures and (place != "example" or listing.captions):
-                label = say(key, name=path.name, pictures=counted(len(listing.pictures)))
-                found.append(PictureFolder(f"{place}/{path.name}", label, path))
-    return found
+    offered = (_offered(*place) for place in _places(outputs, more))
+    return [folder for folder in offered if folder]
 
 
 def find_folder(outputs: Path, more: Path | None, folder_id: object) -> PictureFolder:
@@ -82,10 +68,30 @@ def find_folder(outputs: Path, more: Path | None, folder_id: object) -> PictureF
     Raises:
         DataError: it is not, or no longer, offered.
     """
-    for folder in offered_folders(outputs, more):
-        if folder.id == folder_id:
+    for place in _places(outputs, more):
+        if place[0] == folder_id and (folder := _offered(*place)):
             return folder
     raise DataError(say("data.none_chosen"))
+
+
+def _places(outputs: Path, more: Path | None) -> Iterator[tuple[str, Path]]:
+    """(id, path) of every folder that may hold pictures."""
+    roots = {"example": PROJECT / "assets", "mine": outputs / DATASETS, "more": more}
+    for place, root in roots.items():
+        for path in sorted(root.iterdir()) if root and root.is_dir() else []:
+            if not path.name.startswith(".") and path.is_dir():
+                yield f"{place}/{path.name}", path
+
+
+def _offered(folder_id: str, path: Path) -> PictureFolder | None:
+    """A folder, if it holds pictures; an example has captions too."""
+    listing = _listing(path)
+    is_example = folder_id.startswith("example/")
+    if not listing.pictures or (is_example and not listing.captions):
+        return None
+    key = "data.label.example" if is_example else "data.label.saved"
+    label = say(key, name=path.name, pictures=counted(len(listing.pictures)))
+    return PictureFolder(folder_id, label, path)
 
 
 def captioned(folder: Path) -> list[tuple[Path, str]]:
