@@ -35,6 +35,8 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
     """
     place = Workplace(outputs, more_pictures, Trainer(outputs))
     generating = GenerateHandlers(place)
+    place.trainer.before_launch(generating.make_room)
+    place.queue.start()
     training = TrainHandlers(place, generating.make_room)
     with gr.Blocks(
         title="lora_sd",
