@@ -162,13 +162,18 @@ def test_a_new_name_for_a_run_and_a_file(handlers: AdapterHandlers, tmp_path: Pa
 def test_deleted_taken_back_and_deleted_for_good(handlers: AdapterHandlers, tmp_path: Path) -> None:
     run = write_run(handlers.outputs)
     kept = run.adapter_file.read_bytes()
+    console = handlers.outputs / ".app" / "cat.log"
+    console.parent.mkdir()
+    console.write_text("begun")
     write_adapter(tmp_path / "ink.safetensors")
     file = handlers.import_file(str(tmp_path / "ink.safetensors"), "tiny-sd")
     deleted = [handlers.delete("cat/step_000009"), handlers.delete(file.id)]
     assert handlers.cards().cards == [] and not run.path.exists()
     assert {one.name for one in handlers.trashed()} == {"cat", "ink.safetensors"}
     write_run(handlers.outputs)  # meanwhile another has its name
+    assert not console.exists()  # else the run would be one that never began
     assert handlers.restore(deleted[0].id) == "cat-2"
+    assert console.with_name("cat-2.log").read_text() == "begun"
     assert (handlers.outputs / "cat-2" / "adapter.safetensors").read_bytes() == kept
     assert handlers.restore(deleted[1].id) == "upload:ink"
     assert handlers.choose("upload:ink").version.base() == "tiny-sd"

@@ -92,7 +92,8 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
         return found if item == item_of(adapter_id) else found | show_chosen(chosen)
 
     def press_card(event: gr.EventData) -> Updates:
-        return show_chosen(handlers.choose(event._data.get("id") if event._data else None))
+        sent = event._data
+        return show_chosen(handlers.choose(sent.get("id") if isinstance(sent, dict) else None))
 
     def choose_version(adapter_id: object) -> Updates:
         return show_chosen(handlers.choose(adapter_id))

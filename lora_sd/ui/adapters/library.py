@@ -31,6 +31,7 @@ from lora_sd.ui.launch import DATASETS
 from lora_sd.ui.texts import say
 from lora_sd.ui.workplace import Workplace
 
+KEPT = ".app"
 TRASH = ".app/trash/adapters"
 MOST_IMPORTED = 1_000
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps these
@@ -82,10 +83,7 @@ def rename(place: Workplace, item: str, wish: object) -> str:
         raise RunError(say("adapters.taken", name=name))
     with _at_rest(place, item) as run:
         _move(run.path, place.outputs / name)
-    for ending in ("log", "yaml"):  # what its last start wrote, as Trainer keeps it
-        with contextlib.suppress(OSError):
-            kept = place.outputs / ".app" / f"{item}.{ending}"
-            os.rename(kept, kept.with_name(f"{name}.{ending}"))
+    _move_start(place.outputs / KEPT, item, place.outputs / KEPT, name)
     return name
 
 
@@ -110,6 +108,7 @@ def move_to_trash(place: Workplace, item: str) -> Trashed:
         with _at_rest(place, item) as run:
             folder.mkdir(parents=True)
             _move(run.path, folder / name)
+        _move_start(place.outputs / KEPT, name, folder, name)
     return Trashed(folder.name, name)
 
 
@@ -135,6 +134,7 @@ def restore(outputs: Path, trash_id: object) -> str:
             number += 1
             target = outputs / f"{content.name}-{number}"
         _move(content, target)
+        _move_start(folder, content.name, outputs / KEPT, target.name)
         restored = target.name
     else:
         target = free_file(outputs, content.stem)
@@ -203,6 +203,13 @@ def _move(old: Path, new: Path) -> None:
         raise AdapterError(say("adapters.no_longer", name=old.stem)) from None
     except OSError as error:  # Windows: a program has one of its files open
         raise AdapterError(say("adapters.not_moved", why=error.strerror or error)) from None
+
+
+def _move_start(old_folder: Path, old: str, folder: Path, name: str) -> None:
+    """Move what the last start of a run left beside the runs, as `Trainer` keeps it."""
+    for ending in ("log", "yaml"):
+        with contextlib.suppress(OSError):
+            os.rename(old_folder / f"{old}.{ending}", folder / f"{name}.{ending}")
 
 
 def _new_trash(outputs: Path, name: str) -> Path:

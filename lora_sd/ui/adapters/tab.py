@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from lora_sd.ui.adapters.handlers import MOST_COMBINED, MOST_RANK, MOST_SCALE, MOST_SIZE_MB
+from lora_sd.ui.adapters.handlers import MOST_COMBINED, MOST_SCALE
 from lora_sd.ui.adapters.tools import FORMATS
 from lora_sd.ui.texts import say
 
@@ -118,6 +118,7 @@ def build_adapters_tab() -> AdaptersTab:
                     value="",
                     label=say("adapters.import_base"),
                     info=say("adapters.import_base_help"),
+                    allow_custom_value=True,
                     elem_id="adapter-import-base",
                 )
                 file_said = gr.HTML(elem_id="adapter-import-said")
@@ -126,6 +127,7 @@ def build_adapters_tab() -> AdaptersTab:
                     [],
                     label=say("adapters.deleted"),
                     info=say("adapters.deleted_help"),
+                    allow_custom_value=True,
                     elem_id="adapter-trash",
                 )
                 with gr.Row():
@@ -178,7 +180,10 @@ def build_adapters_tab() -> AdaptersTab:
             with gr.Accordion(say("adapters.compare"), open=False):
                 _help("compare_help")
                 compare_with = gr.Dropdown(
-                    [], label=say("adapters.compare_with"), elem_id="compare-with"
+                    [],
+                    label=say("adapters.compare_with"),
+                    allow_custom_value=True,
+                    elem_id="compare-with",
                 )
                 compare = _tool("compare")
             with gr.Accordion(say("adapters.combine"), open=False):
@@ -191,6 +196,7 @@ def build_adapters_tab() -> AdaptersTab:
                             gr.Dropdown(
                                 [],
                                 label=say("adapters.with"),
+                                allow_custom_value=True,
                                 min_width=140,
                                 elem_id=f"combine-with-{number}",
                             )
@@ -208,8 +214,6 @@ def build_adapters_tab() -> AdaptersTab:
                 combine_rank = gr.Number(
                     16,
                     label=say("adapters.rank"),
-                    minimum=1,
-                    maximum=MOST_RANK,
                     precision=0,
                     visible=False,
                     elem_id="combine-rank",
@@ -229,8 +233,6 @@ def build_adapters_tab() -> AdaptersTab:
                     4,
                     label=say("adapters.rank"),
                     info=say("adapters.rank_help"),
-                    minimum=1,
-                    maximum=MOST_RANK,
                     precision=0,
                     elem_id="resize-rank",
                 )
@@ -248,8 +250,6 @@ def build_adapters_tab() -> AdaptersTab:
                     20,
                     label=say("adapters.size_mb"),
                     info=say("adapters.size_help"),
-                    minimum=0,
-                    maximum=MOST_SIZE_MB,
                     visible=False,
                     elem_id="resize-size",
                 )
@@ -262,6 +262,7 @@ def build_adapters_tab() -> AdaptersTab:
                     value="",
                     label=say("adapters.bake_base"),
                     info=say("adapters.bake_base_help"),
+                    allow_custom_value=True,
                     elem_id="bake-base",
                 )
                 bake_scale = _scale(say("adapters.scale"), "bake-scale")
