@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -15,6 +16,7 @@ from lora_sd.ui.texts import say
 
 MOST_TAGS = 200
 LARGE_PX = 1024
+AROUND = 40  # characters on either side of a change
 
 
 def cards_html(data_set: str, base: str, shown: Sequence[Card], editable: bool) -> str:
@@ -120,12 +122,25 @@ def tags_html(counts: Sequence[tuple[str, int]]) -> str:
 def changes_html(changes: Sequence[tuple[str, str, str]], most: int, sentence: str) -> str:
     """What a bulk edit would do: (name, caption before, after) of the first pictures."""
     items = "".join(
-        f"<li><b>{escape(name)}</b><del>{escape(before) or say('data.bulk.bare')}</del>"
-        f"<ins>{escape(after) or say('data.bulk.bare')}</ins></li>"
+        f"<li><b>{escape(name)}</b><span>{_difference(before, after)}</span></li>"
         for name, before, after in changes[:most]
     )
     shown = f'<ul class="changes">{items}</ul>' if items else ""
     return f'<p class="hint">{escape(sentence)}</p>{shown}'
+
+
+def _difference(before: str, after: str) -> str:
+    """What goes and what comes, with a few words around it."""
+    start = len(os.path.commonprefix([before, after]))
+    end = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))
+    gone, new = before[start : len(before) - end], after[start : len(after) - end]
+    left, right = before[:start], before[len(before) - end :]
+    left = "…" + left[-AROUND:] if len(left) > AROUND else left
+    right = right[:AROUND] + "…" if len(right) > AROUND else right
+    marked = (f"<del>{escape(gone)}</del>" if gone else "") + (
+        f"<ins>{escape(new)}</ins>" if new else ""
+    )
+    return f"{escape(left)}{marked}{escape(right)}"
 
 
 def _drawing(one: Card, jpeg: bytes) -> str:

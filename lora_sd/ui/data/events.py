@@ -124,7 +124,7 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
     bulk_fields = {tab.bulk.kind, tab.bulk.text, tab.bulk.by}
     previewed = [tab.bulk.preview, tab.bulk.apply, tab.bulk.by, tab.bulk.told]
     gr.on(
-        [tab.bulk.kind.input, tab.bulk.text.input, tab.bulk.by.input, *wired],
+        [tab.bulk.kind.change, tab.bulk.text.change, tab.bulk.by.change, *wired],
         preview,
         {*view, *bulk_fields},
         previewed,
@@ -337,7 +337,7 @@ def _updates(tab: DataParts, handlers: DataHandlers, shown: Shown) -> dict[Any, 
 
 def _cards(shown: Shown) -> str:
     if not shown.cards:
-        key = "data.nothing_found" if shown.total else "data.nothing.text"
+        key = "data.nothing_found" if shown.total else "data.nothing_there"
         return f'<p class="hint">{escape(say(key))}</p>'
     found = ""
     if shown.found < shown.total:

@@ -341,7 +341,8 @@ class DataHandlers:
         kinds = [one for one in KINDS if one == kind]
         if not kinds:
             raise DataError(say("data.bulk.no_kind"))
-        edit = BulkEdit(kinds[0], _caption(text), _caption(by or ""))
+        # A field that nobody has written in yet is None.
+        edit = BulkEdit(kinds[0], *(_caption("" if one is None else one) for one in (text, by)))
         everything = look.captions_of(list_folder(folder.path))
         cut = {one.name for one in everything if which == "cut" and _is_cut(one, _base(base))}
         found = _filtered(everything, cut, search, which)

@@ -114,7 +114,7 @@ def build_parts(answers: Sequence[Callable[[Any], Any]]) -> DataParts:
                     say("data.copy.first"), visible=False, elem_id="data-copy-first"
                 )
             told, cancel = _told("data-told")
-            with gr.Row(elem_classes="snug"):
+            with gr.Row(equal_height=True, elem_classes="snug"):
                 undo = gr.Button(
                     say("data.undo.undo"), size="md", interactive=False, elem_id="data-undo"
                 )
