@@ -111,7 +111,8 @@ def test_samples_stand_beside_the_base_s_of_the_same(run: RunFolder, handlers: R
 
 def test_a_slider_goes_from_sample_to_sample() -> None:
     assert samples.slider([0, 20, 50]) == {"minimum": 0, "maximum": 50, "step": 10}
-    assert samples.slider([7]) == {"minimum": 7, "maximum": 8, "step": 1}
+    assert samples.slider([20, 30]) == {"minimum": 0, "maximum": 30, "step": 10}
+    assert samples.slider([0]) == samples.slider([]) == {"minimum": 0, "maximum": 1, "step": 1}
     assert samples.nearest([0, 20, 50], 34) == 20 and samples.nearest([], 3) is None
 
 

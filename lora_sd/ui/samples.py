@@ -63,10 +63,9 @@ def nearest(steps: Sequence[int], wanted: float | None) -> int | None:
 
 
 def slider(steps: Sequence[int]) -> dict[str, Any]:
-    """The bounds of a slider over steps."""
-    apart = math.gcd(*(step - steps[0] for step in steps)) if steps else 0
-    first, last = (steps[0], steps[-1]) if steps else (0, 1)
-    return {"minimum": first, "maximum": max(last, first + 1), "step": apart or 1}
+    """The bounds of a slider over steps. It begins at 0 always: Gradio refuses, with a toast, a
+    value that was right for the bounds before."""
+    return {"minimum": 0, "maximum": max([*steps, 1]), "step": math.gcd(*steps) or 1}
 
 
 def shown_picture(file: Path) -> Image.Image:

@@ -63,6 +63,7 @@ def build_compare_tab(handlers: CompareHandlers) -> CompareTab:
     results = gr.HTML(elem_id="compare-results")
     settings = gr.HTML(elem_id="compare-settings")
     shown = gr.State({})
+    wanted = gr.State(None)  # the step that was chosen by hand
     timer = gr.Timer(LOOK_EVERY_S, active=False)
     parts = {
         "problems": problems, "curves": curves, "pictures_title": pictures_title,
@@ -72,9 +73,8 @@ def build_compare_tab(handlers: CompareHandlers) -> CompareTab:
 
     def fill(data: dict[Any, Any]) -> dict[Any, Any]:
         before = data[shown]
-        newest = before.get("newest")
-        wanted = None if newest is None or data[step] == newest else data[step]
-        updates, now = changes(handlers.compare(data[one], data[other], wanted), before)
+        found = handlers.compare(data[one], data[other], data[wanted])
+        updates, now = changes(found, before)
         if now == before:
             return gr.skip()
         return {parts[name]: update for name, update in updates.items()} | {shown: now}
@@ -89,12 +89,19 @@ def build_compare_tab(handlers: CompareHandlers) -> CompareTab:
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False}
     filling: dict[str, Any] = {
         "fn": fill,
-        "inputs": {one, other, step, shown},
+        "inputs": {one, other, wanted, shown},
         "outputs": [*parts.values(), shown],
         "concurrency_id": "compare",
         "show_progress": "hidden",
     }
-    gr.on([one.change, other.change, step.input], trigger_mode="always_last", **filling)
+    gr.on([one.change, other.change], trigger_mode="always_last", **filling)
+    step.input(
+        lambda step, seen: None if step == seen.get("newest") else step,
+        [step, shown],
+        wanted,
+        trigger_mode="always_last",
+        **quiet,
+    ).then(**filling)
     timer.tick(trigger_mode="once", **filling)
     return CompareTab(
         chosen=[one, other],

@@ -109,6 +109,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
     with gr.Accordion(say("run.log"), open=False, visible=False, elem_id="log-fold") as log_fold:
         log = gr.HTML(elem_id="log")
     shown, at_work = gr.State({}), gr.State("")
+    wanted = gr.State((None, None))  # a run, and the step of it whose samples were chosen by hand
     parts: dict[str, Any] = {
         "run": run, "card": card, "go_on": go_on, "pause": pause, "stop": stop, "save": save,
         "sample": sample, "resume": resume, "use": use, "download": download, "compare": compare,
@@ -121,11 +122,9 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
 
     def look(data: dict[Any, Any]) -> dict[Any, Any]:
         before = data[shown]
-        newest = before.get("newest_sample")
-        is_other = data[run] != before.get("run", [None, None])[1]
-        follows = newest is None or is_other or data[sample_step] == newest
+        of_run, step = data[wanted]
         found = handlers.look(
-            data[run], None if follows else data[sample_step], before.get("at_work")
+            data[run], step if of_run == data[run] else None, before.get("at_work")
         )
         updates, now = changes(handlers, found, before)
         if now == before:
@@ -138,7 +137,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
 
     refresh: dict[str, Any] = {
         "fn": look,
-        "inputs": {run, shown, sample_step},
+        "inputs": {run, shown, wanted},
         "outputs": [*parts.values(), shown, at_work],
         "queue": False,
         "show_progress": "hidden",
@@ -146,7 +145,14 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
     }
     gr.Timer(LOOK_EVERY_S).tick(**refresh)
     run.input(**refresh)
-    sample_step.input(**refresh | {"trigger_mode": "always_last"})
+    sample_step.input(
+        lambda name, step, seen: (name, None if step == seen.get("newest_sample") else step),
+        [run, sample_step, shown],
+        wanted,
+        trigger_mode="always_last",
+        queue=False,
+        show_progress="hidden",
+    ).then(**refresh)
     control: dict[str, Any] = {"concurrency_id": "trainer", "show_progress": "hidden"}
 
     def wire(pressed: gr.Button, act: Callable[[object], Told], on: Any) -> None:
