@@ -1,6 +1,7 @@
 """Pictures: the same settings give the same picture, and scale 0 is the base."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from lora_sd import inject
 from lora_sd.base_loading import load_base_model
+from lora_sd.errors import BaseModelError
 from lora_sd.generate import (
     Cancelled,
     PictureSettings,
@@ -23,6 +25,7 @@ from lora_sd.generate import (
     save_picture,
 )
 from lora_sd.merge import MergedWeights
+from lora_sd.schedulers import SCHEDULERS, scheduler_named
 
 
 def one(seed=1, prompt="a red wall"):
@@ -184,6 +187,27 @@ def test_cancelling_stops_and_puts_the_base_back(base, adapter):
         )
     assert seen == [(1, 6), (2, 6)]
     assert bool((base.unet.conv_in.weight == before).all())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_draws_in_its_own_way(base, name):
+    settings = replace(one(), scheduler=name, steps=4)
+    (drawn,) = pixels(generate(base, [settings]))
+    assert drawn.std() > 1
+    assert np.array_equal(pixels(generate(base, [settings]))[0], drawn)
+    kind, options = SCHEDULERS[name]
+    made = scheduler_named(name, base)
+    assert type(made).__name__ == kind and options.items() <= dict(made.config).items()
+    assert made.config.prediction_type == base.prediction_type
+    assert made.config.beta_schedule == base.scheduler.config.beta_schedule
+
+
+def test_a_scheduler_that_cannot_draw_is_an_error(base, sdxl):
+    with pytest.raises(BaseModelError, match="no scheduler 'none'"):
+        generate(base, [replace(one(), scheduler="none")])
+    with pytest.raises(BaseModelError, match="PNDM cannot draw"):  # with zero terminal SNR
+        generate(sdxl, [replace(one(), scheduler="PNDM")])
+    assert scheduler_named("Euler", sdxl).config.rescale_betas_zero_snr
 
 
 def test_a_saved_picture_carries_its_settings(base, tmp_path):

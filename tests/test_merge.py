@@ -106,6 +106,32 @@ def test_a_thousand_changes_leave_the_base_bit_for_bit(unet, adapter, dtype):
     assert all(torch.equal(p, before[name]) for name, p in unet.named_parameters())
 
 
+def test_only_what_changed_is_merged_anew(unet, adapter, monkeypatch):
+    merged = MergedWeights({"unet": unet})
+    first, second = (
+        type(adapter)({name: adapter.layers[name]}) for name in ("unet.conv_in", "unet.conv_out")
+    )
+    merged.set([(first, 1.0), (second, 0.5)])
+    seen, add_to = [], LoRAWeights.add_to
+    monkeypatch.setattr(
+        LoRAWeights, "add_to", lambda self, *given: (seen.append(given[1]), add_to(self, *given))
+    )
+    merged.set([(first, 1.0), (second, 0.7)])
+    assert seen == [0.7]
+
+    # nor is anything believed to be merged that failed
+    def fail(*_):
+        raise RuntimeError
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(LoRAWeights, "add_to", fail)
+        merged.set([(first, 1.0), (second, 0.9)])
+    merged.set([(first, 1.0), (second, 0.7)])
+    fresh = make_unet()
+    MergedWeights({"unet": fresh}).set([(first, 1.0), (second, 0.7)])
+    assert torch.equal(unet.conv_out.weight, fresh.conv_out.weight)
+
+
 @pytest.mark.parametrize(
     "scales",
     [

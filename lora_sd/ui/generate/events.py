@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from lora_sd.errors import UserError
 from lora_sd.ui.adapters.offered import OfferedAdapter, download_copy
@@ -47,8 +46,12 @@ class GenerateEvents:
 class Kept:
     """A pair of pictures of the history: their files, what they are, and their settings."""
 
+    small: Path
+    """As it was drawn."""
     before: Path
     after: Path
+    """Large enough to look at."""
+    is_small: bool
     caption: str
     note: dict[str, Any]
 
@@ -116,13 +119,12 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
         }
 
     def show_pair(one: Kept) -> Updates:
-        before, after = Image.open(one.before), Image.open(one.after)
         return {
             tab.empty: gr.update(visible=False),
             tab.pair: gr.update(
-                value=(enlarged(before), enlarged(after)),
+                value=(str(one.before), str(one.after)),
                 visible=True,
-                max_height=SMALL_SHOWN_PX if after.width <= SMALL_PX else LARGE_SHOWN_PX,
+                max_height=SMALL_SHOWN_PX if one.is_small else LARGE_SHOWN_PX,
             ),
             tab.said: gr.update(value=one.caption, visible=True),
             tab.bring_back: gr.update(visible=True),
@@ -335,8 +337,10 @@ def _kept(drawn: Drawn) -> Kept:
     request = drawn.request
     said = say("generate.caption", adapters=request.adapters_said(), seed=request.seed)
     return Kept(
-        pictures.keep(drawn.before),
         pictures.keep(drawn.after),
+        pictures.keep(enlarged(drawn.before)),
+        pictures.keep(enlarged(drawn.after)),
+        drawn.after.width <= SMALL_PX,
         f'<p class="pair-caption"><span>{say("generate.before")}</span><b>{escape(said)}</b>'
         f"<span>{say('generate.after')}</span></p>",
         pictures.note_of(request),
@@ -344,7 +348,7 @@ def _kept(drawn: Drawn) -> Kept:
 
 
 def _gallery(kept: list[Kept]) -> dict[str, Any]:
-    shown = [(str(one.after), say("generate.in_history", **one.note)) for one in kept]
+    shown = [(str(one.small), say("generate.in_history", **one.note)) for one in kept]
     return gr.update(value=shown, visible=True, selected_index=None)
 
 

@@ -63,7 +63,9 @@ def keep(picture: Image.Image) -> Path:
     for key in (NOTE, "prompt"):
         info.add_itxt(key, picture.info[key])
     data = io.BytesIO()
-    picture.save(data, "PNG", pnginfo=info)
+    picture.save(
+        data, "PNG", pnginfo=info, compress_level=1
+    )  # a quarter larger, in a fifth of the time
     name = hashlib.sha256(data.getvalue()).hexdigest()[:24]
     folder = Path(os.environ["GRADIO_TEMP_DIR"]) / "pictures" / name
     folder.mkdir(parents=True, exist_ok=True)
