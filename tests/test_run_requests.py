@@ -1,12 +1,17 @@
 """A pause, a save or samples asked for on the way leave the run the same, to the bit."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import PROJECT
 from test_full_disk import losses, saved, straight
 from test_resume import go_on
+from test_stop_request import is_at, wait_for
 
 from lora_sd import run_requests, stop_request
 from lora_sd import train as trainer
@@ -149,3 +154,38 @@ def test_samples_without_prompts_are_named_and_the_run_goes_on(
     ask_at |= {1: ["sample"]}
     assert train(run_settings) == 0
     assert "no samples can be drawn: sample.prompts" in run.log_file.read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_pause_save_and_sample_at_the_same_step(
+    run_settings: Settings, tmp_path: Path
+) -> None:
+    run_settings["train"]["steps"] = 60
+    run_settings["sample"] = {"prompts": ["a red wall"], "steps": 1, "every_steps": 100}
+
+    def launched(name: str) -> tuple[subprocess.Popen, RunFolder]:
+        file = tmp_path / f"{name}.yaml"
+        run_settings["output"]["name"] = name
+        file.write_text(yaml.safe_dump(run_settings))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command += ["--standalone", "train_sd_lora.py", "--config", str(file)]
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        return subprocess.Popen(command, cwd=PROJECT, env=env), RunFolder(
+            tmp_path / "outputs" / name
+        )
+
+    trainer, whole = launched("whole")
+    assert trainer.wait() == 0
+    trainer, run = launched("asked")
+    wait_for(is_at(run, 1))
+    run.ask("pause")
+    wait_for(lambda: run.read_status().state == "paused")
+    step = run.read_status().step
+    run.ask("save")
+    run.ask("sample")
+    wait_for(lambda: run.checkpoint(step).is_dir() and run.sample_file(step, 0).is_file())
+    time.sleep(1)
+    assert run.read_status().step == step < 60
+    run.withdraw("pause")
+    assert trainer.wait() == 0
+    assert losses(run) == losses(whole) and saved(run, 60) == saved(whole, 60)

@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +17,7 @@ from lora_sd.errors import RunError
 from lora_sd.run_folder import RunFolder, Status
 from lora_sd.ui import launch
 from lora_sd.ui.launch import Trainer
+from lora_sd.ui.train import run_view
 from lora_sd.ui.train.run_view import read_run
 
 
@@ -105,6 +109,29 @@ def test_a_crash_is_told_with_its_code_and_last_words_g6(
     assert trainer.start(config(trainer.outputs, "next")) == "next"
 
 
+def test_the_launcher_tells_how_the_trainer_ended_g6(tmp_path: Path) -> None:
+    """accelerate's own says 1 for everything, and gives the trainer one core; and the trainer knows
+    that it is to end with its launcher."""
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(launch.PROJECT)!r})\n"
+        "from lora_sd import stop_request\n"
+        "print(os.environ['OMP_NUM_THREADS'], stop_request._launcher() is not None, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*launch.COMMAND[:-1], str(script)],
+        env={**env, "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    cores = str(len(os.sched_getaffinity(0)))
+    assert done.stdout.split() == [cores, "True"]
+    assert done.returncode == 137 and done.stderr.endswith("\nThe trainer ended: -9\n")
+
+
 def test_an_exit_status_is_told_with_the_last_twenty_lines_g6(trainer: Trainer) -> None:
     trainer.start(config(trainer.outputs, rank=77))
     wait_for(lambda: trainer.ending("run").code == 1)
@@ -184,6 +211,81 @@ def test_a_restarted_app_finds_its_trainer_and_can_stop_it_g7(trainer: Trainer) 
     again.stop("run")
     assert again.is_stopping("run") and trainer.is_stopping("run")
     wait_for(lambda: state(again) == "Stopped" and not trainer.is_stopping("run"))
+
+
+def test_a_killed_app_leaves_its_trainer_unharmed_g7(trainer: Trainer) -> None:
+    trainer.outputs.mkdir()
+    settings = trainer.outputs.parent / "settings.yaml"
+    settings.write_text(config(trainer.outputs).to_yaml())
+    start = (
+        "import os, signal, sys; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(launch.PROJECT)!r})\n"
+        "from lora_sd.config import config_from_values, read_yaml\n"
+        "from lora_sd.ui.launch import Trainer\n"
+        f"config = config_from_values(read_yaml(Path({str(settings)!r})))\n"
+        f"Trainer(Path({str(trainer.outputs)!r}), {trainer._command!r}).start(config)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", start]).returncode == -signal.SIGKILL
+    assert trainer.current() == "run" and trainer.last_launched() == "run"
+    wait_for(lambda: state(trainer) == "Training")
+    step = read_run(trainer, "run").step
+    wait_for(lambda: read_run(trainer, "run").step > step)
+    trainer.stop("run")
+    wait_for(lambda: state(trainer) == "Stopped" and trainer.current() is None)
+
+
+def test_a_stop_may_be_asked_for_twice_and_after_the_end_g5(trainer: Trainer) -> None:
+    trainer.start(config(trainer.outputs))
+    wait_for(lambda: state(trainer) == "Training")
+    trainer.stop("run")
+    trainer.stop("run")
+    wait_for(lambda: state(trainer) == "Stopped" and trainer.current() is None)
+    with pytest.raises(RunError, match="'run' is not being trained now"):
+        trainer.stop("run")
+
+
+def test_a_halted_trainer_is_silent_and_goes_on_g9(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_view, "STALE_AFTER_S", 0.5)
+    trainer.start(config(trainer.outputs))
+    wait_for(lambda: state(trainer) == "Training")
+    pid = RunFolder(trainer.outputs / "run").read_status().pid
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: "No sign of life" in read_run(trainer, "run").message)
+    assert trainer.current() == "run"
+    os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: "No sign of life" not in read_run(trainer, "run").message)
+
+
+def test_a_gigabyte_of_console_takes_no_memory_g12(trainer: Trainer) -> None:
+    console = trainer.outputs / ".app" / "run.log"
+    console.parent.mkdir(parents=True)
+    with open(console, "wb") as file:
+        file.truncate(2**30)  # zeros, without the disk
+        file.seek(0, os.SEEK_END)
+        file.write(b"\xff\xfe the last words")
+    assert len(trainer.console("run")) <= launch.MOST_CONSOLE
+    assert trainer.ending("run").last_lines[-1].endswith("the last words")
+
+
+@pytest.mark.slow
+def test_fifty_starts_and_stops_leave_nothing_behind_g18(trainer: Trainer) -> None:
+    me = psutil.Process()
+
+    def taken() -> tuple[int, int, int]:
+        return me.num_fds(), me.num_threads(), len(trainers_of(trainer))
+
+    before, memory = taken(), me.memory_info().rss
+    for number in range(50):
+        name = trainer.start(config(trainer.outputs, f"run-{number}"))
+        wait_for(lambda name=name: state(trainer, name) == "Training")
+        trainer.stop(name)
+        wait_for(lambda name=name: state(trainer, name) == "Stopped")
+        wait_for(lambda: trainer.current() is None)
+    wait_for(lambda: taken() == before)
+    assert me.memory_info().rss - memory < 20 * 2**20
 
 
 def test_a_trainer_that_does_not_stop_is_killed(
