@@ -27,7 +27,7 @@ from lora_sd.data.report.base_facts import family_by_name
 from lora_sd.errors import ConfigError, UserError
 from lora_sd.run_folder import list_runs
 from lora_sd.ui.adapters.offered import download_copy, find_adapter, offered_adapters
-from lora_sd.ui.bases import find_base
+from lora_sd.ui.bases import find_base, find_vae
 from lora_sd.ui.data.pictures import find_folder, offered_folders
 from lora_sd.ui.generate.handlers import GenerateHandlers
 from lora_sd.ui.train.recipes import CONFIGS
@@ -72,7 +72,7 @@ class Api:
             data_set: its id: 'example/ink-icons', 'mine/...'.
             settings: values by setting, as in a config file: {"train.steps": 200}. What is not
                 named is as the base's shipped config has it.
-            base: the base model.
+            base: the base model: one that the page offers, or another of Hugging Face's hub.
             name: of the run; without one it is named as the data set.
 
         Returns:
@@ -80,7 +80,7 @@ class Api:
         """
         with _said():
             folder = find_folder(self._place.outputs, self._place.pictures, data_set)
-            base, name = _text(base), _text(name)
+            base, name, given = _text(base), _text(name), _checked(settings)
             values = read_yaml(CONFIGS[base if base in CONFIGS else family_by_name(base)])
             own = {
                 "base.model": find_base(self._place.models, base),
@@ -88,7 +88,9 @@ class Api:
                 "output.folder": str(self._place.outputs),
                 "output.name": name or self._place.queue.free_name(folder.path.name),
             }
-            for key, value in {**_checked(settings), **own}.items():
+            if "base.vae" in given:
+                own["base.vae"] = find_vae(self._place.models, given["base.vae"])
+            for key, value in {**given, **own}.items():
                 group, _, setting = key.partition(".")
                 values.setdefault(group, {})[setting] = value
             config = config_from_values(values)
@@ -162,7 +164,7 @@ class Api:
                     "seed": seed, "steps": steps, "guidance": guidance, "base": base,
                 }
             )  # fmt: skip
-            _, picture = self._generating.before_and_after(wish, lambda step, steps: True)
+            picture = self._generating.picture(wish, lambda done, of: False)
         cache = os.environ["GRADIO_TEMP_DIR"]
         return _sent(Path(save_pil_to_cache(picture, cache, name="picture", format="png")))
 

@@ -127,6 +127,7 @@ def start(
         inbrowser=False,
         footer_links=[],
         prevent_thread_lock=True,
+        _frontend=False,  # nor look at the page before anybody else: a slow machine fails that
         app_kwargs={"middleware": [gate]},
         **launch_options(),
     )

@@ -1,6 +1,7 @@
-"""Everything the app says, by key and language: a folder a language, `en` first.
+"""Everything the app says, by key and language: English in a folder, a file a section.
 
-A translation is one more folder beside it, with the same files. What it lacks is said in English.
+A translation is one more file beside it, `zh.yaml`, with the sections as its first keys. What it
+lacks is said in English.
 """
 
 import locale
@@ -18,15 +19,14 @@ _chosen = ENGLISH
 
 def languages() -> list[str]:
     """The languages there are, English first."""
-    found = {path.name for path in FOLDER.iterdir() if path.is_dir() and path.name[0] != "_"}
-    return sorted(found, key=lambda one: (one != ENGLISH, one))
+    return [ENGLISH, *sorted(path.stem for path in FOLDER.glob("*.yaml"))]
 
 
 def choose(language: str) -> None:
     """Speak that language from now on; to be called before the page is built.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: there are no texts in it.
     """
     global _chosen
     if language not in languages():
@@ -66,12 +66,14 @@ def translated(key: str) -> str | None:
 @cache
 def texts(language: str) -> dict[str, str]:
     """All texts of a language by dotted key."""
-    files = sorted((FOLDER / language).glob("*.yaml"))
-    return {
-        key: text
-        for file in files
-        for key, text in _flat(yaml.safe_load(file.read_text(encoding="utf-8")), f"{file.stem}.")
-    }
+    files = sorted((FOLDER / ENGLISH).glob("*.yaml"))
+    if language != ENGLISH:
+        return dict(_flat(_read(FOLDER / f"{language}.yaml")))
+    return {key: text for file in files for key, text in _flat(_read(file), f"{file.stem}.")}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def _flat(tree: dict[str, Any], before: str = "") -> list[tuple[str, str]]:
