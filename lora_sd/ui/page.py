@@ -50,7 +50,7 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs", selected="train") as tabs:
             with gr.Tab(say("page.data"), id="data") as data:
                 data_tab = build_data_tab(DataHandlers(place))
-            with gr.Tab(say("page.train"), id="train"):
+            with gr.Tab(say("page.train"), id="train") as train:
                 train_tab = build_train_tab(training)
             with gr.Tab(say("page.generate"), id="generate") as generate:
                 generate_tab = build_generate_tab()
@@ -60,6 +60,7 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
                 compare_tab = build_compare_tab(CompareHandlers(place))
         events = wire_generate_tab(generate_tab, generating)
         data.select(**data_tab.opened)
+        train.select(**train_tab.opened)
         generate.select(**events.opened)
         adapters.select(**wire_adapters_tab(adapters_tab, AdapterHandlers(place)).opened)
         panel = train_tab.panel
@@ -80,6 +81,7 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
             lambda: gr.update(selected="compare"), None, tabs, show_progress="hidden"
         )
         Api(place, generating).offer()
+        page.load(**train_tab.loaded)
         page.load(**events.opened)
         page.load(**panel.refresh)
         page.unload(**events.left)

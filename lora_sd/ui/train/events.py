@@ -33,8 +33,11 @@ OF_TOTALS = (
 _PROGRESS = gr.Progress()
 
 
-def wire_train_form(form: TrainForm, panel: RunPanel, handlers: TrainHandlers) -> None:
-    """Let the form follow what is chosen, outlive a reload, be planned, and start runs."""
+def wire_train_form(
+    form: TrainForm, panel: RunPanel, handlers: TrainHandlers
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Let the form follow what is chosen, outlive a reload, be planned, and start runs; arguments
+    of the events for when the page is loaded, and for when the tab is opened."""
     parts = form.fields
     names = {part: name for name, part in parts.items()}
     everything = {*parts.values()}
@@ -46,16 +49,22 @@ def wire_train_form(form: TrainForm, panel: RunPanel, handlers: TrainHandlers) -
     _wire_recipe(form, handlers, sent)
     _wire_plan(form, handlers, sent)
 
+    def choices() -> dict[str, list[Any]]:
+        offered, models = handlers.folders(), handlers.place.models
+        return {
+            **{name: choices_of_sets(offered, name) for name in SETS},
+            "base.model": [(base.label, base.id) for base in offered_bases(models)],
+            "base.vae": [(say("train.own_vae"), ""), *offered_vaes(models)],
+        }
+
+    def open_tab() -> list[Any]:
+        return [gr.update(choices=offers) for offers in choices().values()]
+
     def load(kept: object, set_to: object) -> dict[Any, Any]:
         restored = handlers.restored(kept)
         changed = {name: value for name, value in restored.items() if value != first[name]}
         updates: dict[Any, Any] = {parts[name]: gr.update(value=changed[name]) for name in changed}
-        offered = handlers.folders()
-        models = handlers.place.models
-        choices: dict[str, list[Any]] = {name: choices_of_sets(offered, name) for name in SETS}
-        choices["base.model"] = [(base.label, base.id) for base in offered_bases(models)]
-        choices["base.vae"] = [(say("train.own_vae"), ""), *offered_vaes(models)]
-        for name, offers in choices.items():
+        for name, offers in choices().items():
             updates[parts[name]] = gr.update(choices=offers, value=restored.get(name, first[name]))
         whole = first | restored
         return {
@@ -86,13 +95,6 @@ def wire_train_form(form: TrainForm, panel: RunPanel, handlers: TrainHandlers) -
                 updates[panel.run] = gr.update(value=started.submitted.run)
         return updates
 
-    gr.on(
-        None,
-        load,
-        [form.kept, form.set_to],
-        [*parts.values(), form.thumbs, form.mask_note, form.recipe_note, form.totals],
-        **QUICK,
-    )
     parts["data.folder"].change(
         look,
         [parts["data.folder"], parts["data.masks"]],
@@ -141,6 +143,14 @@ def wire_train_form(form: TrainForm, panel: RunPanel, handlers: TrainHandlers) -
         concurrency_limit=1,
         show_progress="hidden",
     ).then(**panel.refresh)
+    loaded = {
+        "fn": load,
+        "inputs": [form.kept, form.set_to],
+        "outputs": [*parts.values(), form.thumbs, form.mask_note, form.recipe_note, form.totals],
+        **QUICK,
+    }
+    offers = [parts[name] for name in (*SETS, "base.model", "base.vae")]
+    return loaded, {"fn": open_tab, "inputs": None, "outputs": offers, **QUICK}
 
 
 def _wire_recipe(form: TrainForm, handlers: TrainHandlers, sent: Any) -> None:

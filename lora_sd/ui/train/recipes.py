@@ -132,10 +132,11 @@ def follow(
         return Followed(before, reasons=error.problems)
     others = {name: value for name, value in now.items() if form.get(name) != value}
     kept = {n for n in others if n in before and form.get(n) != before[n]}
-    updates = {name: value for name, value in others.items() if name not in kept}
+    # Of those that the form has already, too: what it sent may be older than what it shows by now.
+    updates = {name: value for name, value in now.items() if name not in kept}
     said = reasons(wish) if wish else []
-    if updates.keys() - also.keys():
-        said.append(say("train.recipe.set", names=_labels(updates)))
+    if newly := others.keys() - kept - also.keys():
+        said.append(say("train.recipe.set", names=_labels(newly)))
     if kept - also.keys():
         said.append(say("train.recipe.kept", names=_labels(kept - also.keys())))
     return Followed({**before, **now}, updates, said)

@@ -1,6 +1,7 @@
 """The Train tab: its form on the left, the run on the right."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
@@ -13,10 +14,17 @@ from lora_sd.ui.train.run_panel import RunPanel, build_run_panel
 
 @dataclass(frozen=True)
 class TrainTab:
-    """What other parts of the page need of this tab."""
+    """What other parts of the page need of this tab.
+
+    Attributes:
+        loaded, opened: arguments of the events for when the page is loaded, and when this tab is
+            opened.
+    """
 
     form: TrainForm
     panel: RunPanel
+    loaded: dict[str, Any]
+    opened: dict[str, Any]
 
     @property
     def data_set(self) -> Component:
@@ -36,5 +44,4 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
             form = build_train_form(handlers)
         with gr.Column(scale=6, min_width=320, elem_classes="run-side"):
             panel = build_run_panel(handlers.running)
-    wire_train_form(form, panel, handlers)
-    return TrainTab(form, panel)
+    return TrainTab(form, panel, *wire_train_form(form, panel, handlers))
