@@ -84,7 +84,8 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         return gr.update(choices=choices, value=data_set)
 
     def find_tag(event: gr.EventData) -> str:
-        return str(event._data.get("tag", ""))[:200]
+        sent = event._data if isinstance(event._data, dict) else {}
+        return str(sent.get("tag", ""))[:200]
 
     wired = [tab.chosen.input, tab.search.input, tab.which.input, tab.base.input]
     gr.on(
