@@ -353,8 +353,10 @@ def test_which_programs_load_it(handlers: AdapterHandlers, tmp_path: Path) -> No
     adapter.metadata["ss_base_model_version"] = "sd_v1"
     save_adapter(adapter, tmp_path / "one.safetensors")
     handlers.import_file(str(tmp_path / "one.safetensors"), "")
-    family, report = handlers.verify("upload:one")
+    family, report = handlers.verify("upload:one", QUIET)
     shown = html.verified_html(family, report)
+    with pytest.raises(UserError, match="Cancelled"):
+        handlers.verify("upload:one", lambda done, total: True)
     assert family == "sd15" and "ComfyUI" in shown and shown.count("<li") >= 7
 
 

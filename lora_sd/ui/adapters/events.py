@@ -174,7 +174,7 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
         return html.inspection_html(handlers.inspect(data[tab.version], on_step))
 
     def run_verify(data: Updates, on_step: OnStep) -> str:
-        return html.verified_html(*handlers.verify(data[tab.version]))
+        return html.verified_html(*handlers.verify(data[tab.version], on_step))
 
     def run_compare(data: Updates, on_step: OnStep) -> str:
         found = handlers.compare(data[tab.version], data[tab.compare_with], on_step)

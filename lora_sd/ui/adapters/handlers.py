@@ -165,14 +165,17 @@ class AdapterHandlers:
         with self._using(adapter_id) as adapter:
             return tools.inspect_file(adapter, watching(on_step))
 
-    def verify(self, adapter_id: object) -> tuple[str, Report]:
-        """(family, what each program would load of a file).
+    def verify(self, adapter_id: object, on_step: OnStep) -> tuple[str, Report]:
+        """(family, what each program would load of a file). It is one step.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read, or this was cancelled.
         """
         with self._using(adapter_id) as adapter:
-            return tools.verify_file(adapter)
+            found = tools.verify_file(adapter)
+        if on_step(1, 1):
+            raise UserError(say("adapters.cancelled"))
+        return found
 
     def compare(self, adapter_id: object, other: object, on_step: OnStep) -> tools.Compared:
         """Two adapters beside each other.
