@@ -82,7 +82,7 @@ class Api:
             folder = find_folder(self._place.outputs, self._place.pictures, data_set)
             base, name, given = _text(base), _text(name), _checked(settings)
             values = read_yaml(CONFIGS[base if base in CONFIGS else family_by_name(base)])
-            own = {
+            own: dict[str, Any] = {
                 "base.model": find_base(self._place.models, base),
                 "data.folder": str(folder.path),
                 "output.folder": str(self._place.outputs),
