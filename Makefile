@@ -1,12 +1,16 @@
 # make demo: train on the example pictures and see what it does.   make test: the tests.
+# make screenshots: docs/screenshots anew.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-slow torture check format
+.PHONY: demo screenshots test test-slow torture check format
 
 demo: .venv/installed
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 		--dynamo_backend no train_sd_lora.py --config configs/tiny.yaml
 	$(BIN)/python -m tools.demo
+
+screenshots: .venv/installed-dev
+	$(BIN)/python -m tools.screenshots
 
 # Those that look at the clock by themselves, the others in two processes.
 TIMED := tests/test_app_browser.py tests/test_families.py
