@@ -335,10 +335,12 @@ def test_a_check_tells_in_the_page_s_words_and_can_be_cancelled(
     assert not checked.problems and checked.html.count("<image ") == 24
     assert checked.file and checked.file.name == "ink-icons-pictures.html"
     assert checked.file.read_text(encoding="utf-8").startswith("<!doctype html>")
-    (cats / "b.txt").write_text("<b>a wall</b>")
+    (cats / "c.txt").write_text("<b>a wall</b>")
     small = handlers.check("mine/cats", "sdxl", NEVER)
+    assert "1 of 3 pictures in &#x27;cats&#x27; has no caption" in small.html
     assert "data.resolution_px" not in small.html and str(tmp_path) not in small.html
     assert small.file and "&lt;b&gt;a wall&lt;/b&gt;" in small.file.read_text()
+    assert str(tmp_path) not in small.file.read_text()
     stopped = handlers.check(EXAMPLE, "tiny-sd", lambda done, of: done == 3)
     assert stopped.html == "" and stopped.file is None and not stopped.problems
 

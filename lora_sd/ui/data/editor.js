@@ -1,6 +1,7 @@
 // The cards of pictures: captions are saved while they are written, a press on a picture shows it
 // large, and Remove takes one out. Everything is asked of the app; a page of cards is never redrawn
-// for an edit, so that nothing is lost that is being written.
+// for an edit, so that nothing is lost that is being written. Where it is redrawn, Gradio keeps the
+// elements and changes what is in them: a card may have become another picture's meanwhile.
 const WAIT_MS = 900;
 const waiting = new Map(), saving = new Set(), again = new Set();
 
@@ -27,9 +28,11 @@ async function save(area) {
   saving.add(area);
   item.classList.add("saving");
   const before = area.dataset.before ?? area.defaultValue;
+  const picture = item.dataset.name, { set } = setOf(area);
   const answer = await ask("save", area, { before, caption });
   saving.delete(area);
   item.classList.remove("saving");
+  if (!area.isConnected || item.dataset.name !== picture || setOf(area).set !== set) return;
   tell(item, answer ? answer.told : props.unsaved);
   if (answer && answer.caption !== null) {
     area.dataset.before = answer.caption;
@@ -49,6 +52,14 @@ async function look(item) {
   dialog.dataset.name = item.dataset.name;
   if (!dialog.open) dialog.showModal();
 }
+
+watch("value", () => {
+  for (const area of element.querySelectorAll("textarea")) {
+    if (area === document.activeElement && isChanged(area)) continue;
+    delete area.dataset.before;
+    area.value = area.defaultValue;
+  }
+});
 
 element.addEventListener("input", ({ target }) => {
   if (!target.matches("textarea")) return;

@@ -239,6 +239,9 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         concurrency_limit=1,
         show_progress_on=tab.report,
     ).then(lambda: gr.update(visible=False), None, tab.stop_check, **quick)
+    tab.chosen.input(
+        lambda: ("", gr.update(visible=False)), None, [tab.report, tab.download], **quick
+    )
     for cancel in (tab.cancel, upload.cancel, keep.cancel, tab.stop_check):
         cancel.click(press_cancel, None, None, **quick)
 

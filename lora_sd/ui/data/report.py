@@ -44,13 +44,13 @@ def check_folder(folder: PictureFolder, settings: Config, on_picture: OnFile) ->
     report = check(settings.model_copy(update={"data": data}), advance)
     if cancelled:
         raise Cancelled
+
+    def told_here(sentences: tuple[str, ...]) -> tuple[str, ...]:
+        shown = (one.replace(str(folder.path), folder.path.name) for one in sentences)
+        return tuple(map(fields.in_page_words, shown))
+
     told = dataclasses.replace(
-        report,
-        advice=tuple(map(fields.in_page_words, report.advice)),
-        notices=tuple(
-            fields.in_page_words(notice).replace(str(folder.path), folder.path.name)
-            for notice in report.notices
-        ),
+        report, advice=told_here(report.advice), notices=told_here(report.notices)
     )
     return Checked(piece(told, MOST_DRAWN), _file(told, folder.path.name))
 

@@ -198,6 +198,7 @@ def build_parts(answers: Sequence[Callable[[Any], Any]]) -> DataParts:
 
 def _upload() -> UploadParts:
     with gr.Accordion(say("data.upload.title"), open=False, elem_id="data-upload"):
+        gr.HTML(f'<p class="hint">{say("data.upload.files_help")}</p>')
         files = gr.File(
             file_count="multiple", label=say("data.upload.files"), height=170, elem_id="files"
         )
