@@ -13,6 +13,7 @@ from PIL import Image
 
 from lora_sd.ui import fields
 from lora_sd.ui.data.pictures import PREVIEWS, counted, preview
+from lora_sd.ui.texts import say
 
 SHOWN_PX = 512
 _WORD = r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""  # of a command line
@@ -35,7 +36,8 @@ def sentence_html(text: str) -> str:
     found = COMMAND.search(text)
     if not found:
         return escape(text)
-    command = f'<code class="command" title="Press to select it all">{escape(found[0])}</code>'
+    title = escape(say("show.select_all"))
+    command = f'<code class="command" title="{title}">{escape(found[0])}</code>'
     return escape(text[: found.start()]) + command + escape(text[found.end() :])
 
 
@@ -54,20 +56,19 @@ def thumbs_html(pairs: Sequence[tuple[Path, str]]) -> str:
     items = []
     for file, caption in pairs[:PREVIEWS]:
         small = preview(file)
-        shown = f'<img src="{_data_uri(small)}" alt="">' if small else "<i>unreadable</i>"
-        words = escape(caption) if caption else "<em>none of its own</em>"
+        shown = (
+            f'<img src="{_data_uri(small)}" alt="">'
+            if small
+            else f"<i>{escape(say('show.unreadable'))}</i>"
+        )
+        words = escape(caption) if caption else f"<em>{escape(say('show.no_caption'))}</em>"
         items.append(f'<li title="{escape(caption)}">{shown}<span>{words}</span></li>')
-    more = len(pairs) - PREVIEWS
-    without = sum(not caption for _, caption in pairs)
-    said = f"{counted(len(pairs))}, " + (
-        f"{without} without a caption of {'its' if without == 1 else 'their'} own: write one into "
-        f"'{fields.label('data.caption')}', below."
-        if without
-        else "all with captions."
-    )
-    if more > 0:
-        said += f" The first {PREVIEWS} are shown."
-    return f'<ul class="thumbs">{"".join(items)}</ul><p class="hint">{said}</p>'
+    pictures, bare = counted(len(pairs)), sum(not caption for _, caption in pairs)
+    key = f"show.uncaptioned.{'one' if bare == 1 else 'many'}" if bare else "show.all_captioned"
+    said = [say(key, pictures=pictures, count=bare, field=fields.label("data.caption"))]
+    if len(pairs) > PREVIEWS:
+        said.append(say("show.first_shown", count=PREVIEWS))
+    return f'<ul class="thumbs">{"".join(items)}</ul><p class="hint">{escape(" ".join(said))}</p>'
 
 
 def layers_html(table: str, notices: Sequence[str]) -> str:
