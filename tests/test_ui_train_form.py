@@ -183,7 +183,9 @@ def test_the_recipe_follows_base_pictures_and_subject(handlers: TrainHandlers) -
     few = handlers.follow(before | {"data.folder": "more/cats"}, before)
     assert few.updates["train.steps"] == 200 and "sks cat" in few.updates["sample.prompts"]
     unknown = handlers.follow(before | {"base.model": "/etc/passwd"}, before)
-    assert {*unknown.updates} == {"sample.prompts"} and "There is no base model" in unknown.reasons[0]
+    assert {*unknown.updates} == {"sample.prompts"} and "There is no base model" in unknown.reasons[
+        0
+    ]
 
 
 def test_everything_can_be_set_as_the_recipe_has_it(handlers: TrainHandlers) -> None:
@@ -197,6 +199,18 @@ def test_everything_can_be_set_as_the_recipe_has_it(handlers: TrainHandlers) -> 
 @pytest.mark.parametrize("before", [None, 3, [], {"train.steps": []}])
 def test_what_the_page_set_may_be_anything(handlers: TrainHandlers, before: Any) -> None:
     assert handlers.follow(form(handlers), before).reasons
+
+
+@pytest.mark.parametrize("garbage", [None, True, -3, float("inf"), "x" * 30_000, [[]], {"a": []}])
+def test_no_form_is_too_strange(handlers: TrainHandlers, garbage: Any) -> None:
+    whole = dict.fromkeys(form(handlers), garbage)
+    assert handlers.start(whole).submitted is None
+    assert handlers.follow(whole, garbage).updates is not None
+    assert handlers.totals(whole) == handlers.mask_note(garbage, garbage) == ""
+    assert handlers.show_folder(garbage).pairs == []
+    assert handlers.plan(whole, lambda seconds: False).problems
+    restored = handlers.restored(whole)
+    assert "data.folder" not in restored and handlers.restored(garbage) == {}
 
 
 def test_prompts_fit_the_pictures(handlers: TrainHandlers, more: Path) -> None:
@@ -237,7 +251,8 @@ def test_totals_and_masks_are_told(handlers: TrainHandlers, more: Path) -> None:
     assert handlers.totals(form(handlers)) == (
         "500 steps of 8: 4,000 pictures seen, 166.7 epochs of 24."
     )
-    assert handlers.totals(form(handlers, train__steps=None)) == ""
+    for wrong in (None, 0, "many", 2.5, float("nan"), [3]):
+        assert handlers.totals(form(handlers, train__batch_size=wrong)) == ""
     assert "1 mask file is not used" in handlers.mask_note("more/flat", "off")
     assert handlers.mask_note("more/flat", "file") == handlers.mask_note("nowhere", "off") == ""
 

@@ -139,13 +139,12 @@ class TrainHandlers:
     def totals(self, form: Mapping[str, Any]) -> str:
         """How many pictures a run shows, and how often; nothing where numbers are missing."""
         factors = ("train.steps", "train.batch_size", "train.gradient_accumulation")
-        numbers = [form.get(name) for name in factors]
+        numbers: list[Any] = [form.get(name) for name in factors]
         count = self._count(form)
-        if not count or not all(
-            fields.is_value(n, v) for n, v in zip(factors, numbers, strict=True)
-        ):
+        known = all(fields.is_value(*pair) for pair in zip(factors, numbers, strict=True))
+        if not count or not known or min(numbers) < 1:
             return ""
-        steps, size, passes = (int(number) for number in numbers if number)
+        steps, size, passes = map(int, numbers)
         seen = steps * size * passes
         return say(
             "train.totals", steps=steps, of=size * passes, seen=seen, epochs=seen / count,
@@ -279,7 +278,9 @@ class TrainHandlers:
         if family not in recipes.CONFIGS:
             return None, [say("train.recipe.unknown", model=model)]
         card, subject = form.get(CARD), form.get(SUBJECT)
-        if card not in recipes.CARDS_GB:  # tiny-sd is the same on each: no need to look
+        if (
+            not isinstance(card, str) or card not in recipes.CARDS_GB
+        ):  # tiny-sd is the same on each: no need to look
             card = recipes.CPU if family == "tiny-sd" else recipes.own_card()
         wish = Wish(str(subject if subject in SUBJECTS else "style"), str(card), family, count)
         title = recipes.TITLES[family]
@@ -334,19 +335,23 @@ def _layers(config: Config) -> tuple[str, list[str]]:
 
 def _could_hold(name: str, value: object, offered: set[str]) -> bool:
     """Whether a part of the form could hold a value that a browser kept."""
-    if name in (further.VALIDATION, further.REGULARISATION):
-        return value in ("", further.DRAWN) or value in offered
-    if name == "data.folder":
-        return value in offered
     if name == further.MORE:
-        return isinstance(value, list) and all(one in offered for one in value)
+        return isinstance(value, list) and all(_is_one(one, offered) for one in value)
+    if name in (further.VALIDATION, further.REGULARISATION):
+        return _is_one(value, {"", further.DRAWN, *offered})
+    if name == "data.folder":
+        return _is_one(value, offered)
     if name in (SUBJECT, CARD):
-        return value in SUBJECTS + CARDS
+        return _is_one(value, {*SUBJECTS, *CARDS})
     if name in OWN_PARTS:
         return isinstance(value, str) == isinstance(OWN_PARTS[name], str) and not isinstance(
             value, dict | list
         )
     return name in fields.FIELDS and fields.is_value(name, value)
+
+
+def _is_one(value: object, known: set[str]) -> bool:
+    return isinstance(value, str) and value in known
 
 
 def _text(value: object) -> str:
