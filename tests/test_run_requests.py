@@ -11,7 +11,7 @@ import yaml
 from conftest import PROJECT
 from test_full_disk import losses, saved, straight
 from test_resume import go_on
-from test_stop_request import is_at, wait_for
+from test_stop_request import wait_for
 
 from lora_sd import run_requests, stop_request
 from lora_sd import train as trainer
@@ -177,7 +177,9 @@ def test_two_processes_pause_save_and_sample_at_the_same_step(
     trainer, whole = launched("whole")
     assert trainer.wait() == 0
     trainer, run = launched("asked")
-    wait_for(is_at(run, 1))
+    while not run.read_metrics():
+        assert trainer.poll() is None
+        time.sleep(0.01)
     run.ask("pause")
     wait_for(lambda: run.read_status().state == "paused")
     step = run.read_status().step

@@ -204,3 +204,13 @@ def test_twenty_starts_at_once_one_trains_and_the_others_wait_g13(
         thread.join()
     assert sorted(one.place for one in done) == list(range(20))
     assert len(waiting(queue)) == 19 and trainer.current() not in waiting(queue)
+
+
+def test_memory_is_freed_before_each_start(trainer: Trainer, queue: RunQueue) -> None:
+    freed: list[str | None] = []
+    trainer.before_launch(lambda: freed.append(trainer.current()))
+    submit(queue, "a", "b", steps=2)
+    assert freed == [None]
+    wait_for(lambda: ends(trainer, "a", "finished"))
+    queue.look()
+    assert freed == [None, None] and trainer.current() == "b"
