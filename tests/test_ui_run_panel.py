@@ -193,6 +193,8 @@ def test_a_queue_is_shown_with_what_holds_it_and_what_is_wrong() -> None:
     )
     assert run_panel._queue_update("queue_go_on", queue)["visible"]
     assert not run_panel._queue_update("queue_hold", queue)["visible"]
+    assert run_panel._queue_update("queue_entry", queue, "b")["value"] == "b"
+    assert run_panel._queue_update("queue_entry", queue, "gone")["value"] is None
     said = submitted_sentence(Submitted("owl", 2, "ink"))
     assert said == "'owl' waits in the queue, at place 2: 'ink' is being trained."
     assert submitted_sentence(Submitted("owl")) == ""

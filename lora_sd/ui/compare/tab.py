@@ -47,7 +47,7 @@ def build_compare_tab(handlers: CompareHandlers) -> CompareTab:
     pictures_title = gr.HTML(elem_id="compare-pictures-title", elem_classes="part-title")
     pictures = gr.Gallery(
         show_label=False,
-        columns=3,
+        columns=6,
         height="auto",
         format="webp",
         buttons=["fullscreen"],
@@ -149,7 +149,7 @@ def _update(name: str, found: Compared) -> Any:
         case "pictures":
             return gr.update(
                 value=_cells(found.names, same),
-                columns=3 if same.has_base else 2,
+                columns=6 if same.has_base else 4,  # two prompts a row; one on a phone
                 visible=bool(same.pairs),
             )
         case "step":

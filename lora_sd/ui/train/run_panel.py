@@ -67,7 +67,13 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
     said = gr.HTML(elem_id="run-said")
     with gr.Column(visible=False, elem_id="queue", elem_classes="snug") as queue_side:
         queue_title = gr.HTML(elem_id="queue-title", elem_classes="part-title")
-        entry = gr.Radio([], show_label=False, container=False, elem_id="queue-entries")
+        entry = gr.Radio(
+            [],
+            label=say("queue.title"),
+            show_label=False,
+            container=False,
+            elem_id="queue-entries",
+        )
         with gr.Row(elem_classes="actions"):
             small: dict[str, Any] = {"size": "sm", "min_width": 80}
             up = gr.Button(say("queue.up"), elem_id="queue-up", **small)
@@ -109,6 +115,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
     with gr.Accordion(say("run.log"), open=False, visible=False, elem_id="log-fold") as log_fold:
         log = gr.HTML(elem_id="log")
     shown, at_work = gr.State({}), gr.State("")
+    chosen = gr.State(None)  # of the queue: Gradio refuses, with a toast, an entry that has gone
     wanted = gr.State((None, None))  # a run, and the step of it whose samples were chosen by hand
     parts: dict[str, Any] = {
         "run": run, "card": card, "go_on": go_on, "pause": pause, "stop": stop, "save": save,
@@ -126,7 +133,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
         found = handlers.look(
             data[run], step if of_run == data[run] else None, before.get("at_work")
         )
-        updates, now = changes(handlers, found, before)
+        updates, now = changes(handlers, found, before, data[chosen])
         if now == before:
             return gr.skip()
         sent: dict[Any, Any] = {parts[name]: update for name, update in updates.items()}
@@ -137,7 +144,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
 
     refresh: dict[str, Any] = {
         "fn": look,
-        "inputs": {run, shown, wanted},
+        "inputs": {run, shown, wanted, chosen},
         "outputs": [*parts.values(), shown, at_work],
         "queue": False,
         "show_progress": "hidden",
@@ -164,9 +171,10 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
     wire(resume, handlers.resume, run)
     wire(save, lambda name: handlers.ask_now(name, "save"), run)
     wire(sample, lambda name: handlers.ask_now(name, "sample"), run)
-    wire(up, lambda chosen: handlers.move(chosen, -1), entry)
-    wire(down, lambda chosen: handlers.move(chosen, 1), entry)
-    wire(remove, handlers.remove, entry)
+    entry.input(lambda one: one, entry, chosen, queue=False, show_progress="hidden")
+    wire(up, lambda one: handlers.move(one, -1), chosen)
+    wire(down, lambda one: handlers.move(one, 1), chosen)
+    wire(remove, handlers.remove, chosen)
     wire(hold, lambda _: handlers.hold(True), entry)
     wire(queue_go_on, lambda _: handlers.hold(False), entry)
     return RunPanel(run, said, use, compare, at_work, refresh)
@@ -179,9 +187,13 @@ def told_html(told: Told) -> str:
 
 
 def changes(
-    handlers: RunHandlers, look: Look, before: dict[str, Any]
+    handlers: RunHandlers, look: Look, before: dict[str, Any], chosen: object = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(updates, stamps) of the parts that changed since the last look, which had `before`."""
+    """(updates, stamps) of the parts that changed since the last look, which had `before`.
+
+    Args:
+        chosen: the entry of the queue that is chosen on the page.
+    """
     now: dict[str, Any] = _queue_stamps(look.queue)
     if look.view is not None:
         now |= _stamps(handlers, look, look.view)
@@ -191,7 +203,7 @@ def changes(
             continue
         try:
             updates[name] = (
-                _queue_update(name, look.queue)
+                _queue_update(name, look.queue, chosen)
                 if name.startswith("queue")
                 else _update(name, handlers, look, look.view or RunView(""))
             )
@@ -310,7 +322,7 @@ def _queue_stamps(queue: QueueState) -> dict[str, Any]:
     }
 
 
-def _queue_update(name: str, queue: QueueState) -> Any:
+def _queue_update(name: str, queue: QueueState, chosen: object = None) -> Any:
     match name:
         case "queue":
             return gr.update(visible=bool(queue.entries) or queue.is_held)
@@ -321,7 +333,9 @@ def _queue_update(name: str, queue: QueueState) -> Any:
                 about = about or say("queue.held")
             return f'<h3>{say("queue.title")}</h3><p class="hint">{escape(about)}</p>'
         case "queue_entry":
-            return gr.update(choices=[(label, id) for label, id in _entries(queue)])
+            entries = _entries(queue)
+            is_there = chosen in [id for _, id in entries]
+            return gr.update(choices=entries, value=chosen if is_there else None)
         case "queue_hold":
             return gr.update(visible=not queue.is_held)
         case _:
