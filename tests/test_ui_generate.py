@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora_sd import inject, layer_choice, layer_names
 from lora_sd.base_loading import load_base_model
+from lora_sd.config import config_from_values
 from lora_sd.errors import UserError
 from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.generate import PictureSettings, generate, save_picture
@@ -407,6 +409,29 @@ def test_two_users_with_different_scales(handlers: GenerateHandlers, count: int)
     for one, picture in zip(asked, drawn, strict=True):
         assert after(handlers, **one).tobytes() == picture.tobytes()
     assert len({picture.tobytes() for picture in drawn}) == count
+
+
+@pytest.mark.slow
+def test_pictures_drawn_beside_a_training_are_those_drawn_alone(
+    handlers: GenerateHandlers, run_settings: dict[str, dict[str, Any]]
+) -> None:
+    alone = [after(handlers, seed=seed) for seed in range(10)]
+    handlers.studio._drawn.clear()
+    run_settings["train"]["steps"] = 5000
+    run_settings["output"] |= {"folder": str(handlers.outputs), "name": "busy"}
+    trainer = handlers.place.trainer
+    trainer.start(config_from_values(run_settings))
+    try:
+        deadline = time.monotonic() + 120
+        while (status := trainer.open("busy").read_status()) is None or status.step < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        beside = [after(handlers, seed=seed) for seed in range(10)]
+        assert trainer.current() == "busy"
+    finally:
+        trainer.stop("busy")
+    for one, other in zip(alone, beside, strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 def test_the_memory_of_pictures_is_bounded(
