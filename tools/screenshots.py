@@ -98,9 +98,7 @@ def open_tab(page: Any, number: int) -> None:
 
 def keep(page: Any, file: Path) -> None:
     shot = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    shot.crop((0, 0, shot.width, min(shot.height, TALLEST_PX))).save(
-        file, "WEBP", quality=70, method=6
-    )
+    shot.crop((0, 0, shot.width, min(shot.height, TALLEST_PX))).save(file, "WEBP", quality=70)
 
 
 def pictures(address: str, folder: Path) -> list[str]:

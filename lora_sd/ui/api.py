@@ -116,7 +116,8 @@ class Api:
                 "adapters": [found.id for found in offered_adapters(place.outputs)],
                 "data_sets": [f.id for f in offered_folders(place.outputs, place.pictures)],
             }
-        name = _text(run)
+        with _said():
+            name = _text(run)
         known = {found.name: found for found in list_runs(place.outputs)}
         status = known[name].read_status() if name in known else None
         said = {"run": name, "step": 0, "steps": 0, "message": ""}
