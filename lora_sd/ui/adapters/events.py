@@ -259,7 +259,7 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
     baked = {tab.bake_base, tab.bake_scale, tab.bake_as, tab.bake_name}
     wire_tool(tab.bake, run_bake, baked, makes=True)
 
-    tab.search.input(
+    tab.search.change(
         type_search, [tab.search, tab.version], tab.cards, trigger_mode="always_last", **looking
     )
     tab.cards.click(press_card, None, about, **looking)
