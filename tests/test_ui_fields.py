@@ -142,8 +142,8 @@ def test_what_is_wrong_is_told_apart_by_field() -> None:
     assert {*error.problems} == {*error.by_field.values(), *error.others}
 
 
-def test_plain_text_stays_plain_in_markdown() -> None:
-    assert fields.as_markdown("*a* <b>") == r"\*a\* \<b\>"
+def test_what_is_wrong_is_no_markdown() -> None:
+    assert fields.as_plain("*a* [b](c) `d`") == "\u2217a\u2217 (b)(c) 'd'"
 
 
 @pytest.mark.parametrize(

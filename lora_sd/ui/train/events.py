@@ -206,7 +206,7 @@ def _marked(form: TrainForm, wrong: Any, before: Any) -> dict[Any, Any]:
         updates[form.fields[name]] = gr.update(info=fields.help_text(name), elem_classes=[])
     for name, sentence in wrong.items():
         updates[form.fields[name]] = gr.update(
-            info=fields.as_markdown(sentence), elem_classes=["wrong"]
+            info=fields.as_plain(sentence), elem_classes=["wrong"]
         )
         if name in form.folds:
             updates[form.more] = gr.update(open=True)
