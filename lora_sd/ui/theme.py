@@ -8,6 +8,7 @@ from gradio.themes.utils import colors, sizes
 from gradio.themes.utils.fonts import LocalFont
 
 from lora_sd.data.report.html import STYLE as DATA_REPORT_STYLE
+from lora_sd.ui import texts
 
 STYLES = Path(__file__).parent  # style.css of the page, then each tab's own
 RED = colors.Color(
@@ -85,7 +86,10 @@ def launch_options() -> dict[str, Any]:
         slider_color_dark="*primary_500",
         loader_color="*primary_500",
     )
-    head = f'<link rel="icon" href="{ICON}">'
+    head = (
+        f'<link rel="icon" href="{ICON}">'
+        f'<script>document.documentElement.lang = "{texts.chosen()}"</script>'
+    )
     return {
         "theme": theme,
         "css": "".join(

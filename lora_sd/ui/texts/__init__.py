@@ -34,6 +34,11 @@ def choose(language: str) -> None:
     _chosen = language
 
 
+def chosen() -> str:
+    """The language that is spoken."""
+    return _chosen
+
+
 def of_system() -> str:
     """The language of this system's user, or English where there are no texts in it."""
     names = [os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG")]
