@@ -57,7 +57,7 @@ def test_train_look_generate_download(app: Served, client: Client) -> None:
     assert (found["step"], found["steps"]) == (3, 3)
     all_of_it = client.predict(api_name="/status")
     assert all_of_it["runs"] == [run] and run in all_of_it["adapters"]
-    assert all_of_it["training"] is None
+    assert all_of_it["training"] in (run, None)  # its process may be ending
 
     file = client.predict(run, api_name="/download")
     assert Path(file).read_bytes() == (app.outputs / run / "adapter.safetensors").read_bytes()
