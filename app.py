@@ -23,12 +23,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--pictures", type=Path, help="a folder whose folders of pictures are offered for training"
     )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        help="a folder whose checkpoints are offered as base models (models/ beside app.py)",
+    )
     parser.add_argument("--password-file", type=Path, help="a file that holds the password")
     parser.add_argument("--language", help="of the page, as 'en' (default: the system's)")
     options = parser.parse_args(argv)
     password = server.read_password(options.password_file)
     server.serve(
-        options.host, options.port, options.outputs, options.pictures, password, options.language
+        options.host,
+        options.port,
+        options.outputs,
+        options.pictures,
+        password,
+        options.language,
+        options.models,
     )
     return 0
 

@@ -1,5 +1,6 @@
 """Settings of what a run draws and keeps."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -32,7 +33,7 @@ class SampleGroup(Group):
 class OutputGroup(Group):
     folder: str = "outputs"
     """Where run folders are made."""
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str | None = None
     """Name of the run's folder. Empty: the config file's name, with a number when that is taken."""
     save_every_steps: int = Field(250, ge=1)
     """Save a checkpoint, from which the run can go on, every so many steps."""
@@ -52,7 +53,12 @@ class OutputGroup(Group):
 
     @field_validator("name")
     @classmethod
-    def _not_a_device(cls, name: str | None) -> str | None:
+    def _names_a_folder(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise ValueError(
+                "a name has 1 to 64 letters of English, digits, dots, dashes and underscores, and "
+                "begins with a letter or a digit"
+            )
         if name and name.split(".")[0].upper() in _WINDOWS_DEVICES:
             raise ValueError(f"'{name}' is a device name on Windows")
         return name

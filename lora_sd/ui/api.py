@@ -94,7 +94,6 @@ class Api:
                 group, _, setting = key.partition(".")
                 values.setdefault(group, {})[setting] = value
             config = config_from_values(values)
-            self._generating.make_room()
             submitted = self._place.queue.submit(config)
         return {"run": submitted.run, "place": submitted.place}
 

@@ -8,6 +8,7 @@ from lora_sd.ui.adapters.events import wire_adapters_tab
 from lora_sd.ui.adapters.handlers import AdapterHandlers
 from lora_sd.ui.adapters.tab import build_adapters_tab
 from lora_sd.ui.api import Api
+from lora_sd.ui.bases import MODELS
 from lora_sd.ui.compare.handlers import CompareHandlers
 from lora_sd.ui.compare.tab import build_compare_tab
 from lora_sd.ui.data.events import build_data_tab
@@ -26,18 +27,20 @@ CACHE_CLEANED_EVERY_S = 3600
 CACHE_KEPT_S = 24 * 3600
 
 
-def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
+def build_page(
+    outputs: Path, more_pictures: Path | None = None, models: Path | None = None
+) -> gr.Blocks:
     """The whole page over a folder of runs.
 
     Args:
         outputs: the folder of all runs.
         more_pictures: a folder whose folders of pictures are offered beside the example.
+        models: a folder whose checkpoints are offered as base models; None: models/ beside app.py.
     """
-    place = Workplace(outputs, more_pictures, Trainer(outputs))
+    place = Workplace(outputs, more_pictures, Trainer(outputs), models or MODELS)
     generating = GenerateHandlers(place)
     place.trainer.before_launch(generating.make_room)
     place.queue.start()
-    training = TrainHandlers(place, generating.make_room)
     with gr.Blocks(
         title="lora_sd",
         analytics_enabled=False,
@@ -51,7 +54,7 @@ def build_page(outputs: Path, more_pictures: Path | None = None) -> gr.Blocks:
             with gr.Tab(say("page.data"), id="data") as data:
                 data_tab = build_data_tab(DataHandlers(place))
             with gr.Tab(say("page.train"), id="train") as train:
-                train_tab = build_train_tab(training)
+                train_tab = build_train_tab(TrainHandlers(place))
             with gr.Tab(say("page.generate"), id="generate") as generate:
                 generate_tab = build_generate_tab()
             with gr.Tab(say("page.adapters"), id="adapters") as adapters:

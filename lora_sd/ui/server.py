@@ -42,6 +42,7 @@ def serve(
     pictures: Path | None = None,
     password: str | None = None,
     language: str | None = None,
+    models: Path | None = None,
 ) -> None:
     """Serve until Ctrl+C.
 
@@ -51,20 +52,34 @@ def serve(
         pictures: a folder whose folders of pictures are offered for training.
         password: what visitors must know; None: nothing, on this machine alone.
         language: of the page, as 'en'; None: this system's, or English.
+        models: a folder whose checkpoints are offered as base models; None: models/ beside app.py.
 
     Raises:
         RunError: a setting or the outputs folder cannot be used, or the port is taken.
     """
-    page = start(host, port, outputs, pictures, password, language)
+    page = start(host, port, outputs, pictures, password, language, models)
     shown = f"[{host}]" if ":" in host else host
     with contextlib.suppress(KeyboardInterrupt):
         print(say("server.ready", address=f"http://{shown}:{port}/"), flush=True)
         page.block_thread()
 
-    from lora_sd.ui.launch import Trainer
+    for sentence in left_behind(outputs):
+        print(sentence, flush=True)
 
-    if training := Trainer(outputs).current():
-        print(say("server.goes_on", run=training), flush=True)
+
+def left_behind(outputs: Path) -> list[str]:
+    """What is to be said at the end of what goes on without the app, and what does not."""
+    from lora_sd.ui.launch import Trainer
+    from lora_sd.ui.queue import RunQueue
+
+    trainer = Trainer(outputs)
+    queue = RunQueue(trainer).state()
+    sentences = []
+    if training := trainer.current():
+        sentences.append(say("server.goes_on", run=training))
+    if queue.waiting() and not queue.is_held:
+        sentences.append(say("server.queue_waits"))
+    return sentences
 
 
 def start(
@@ -74,6 +89,7 @@ def start(
     pictures: Path | None = None,
     password: str | None = None,
     language: str | None = None,
+    models: Path | None = None,
 ) -> Any:
     """Begin to serve, as `serve` does, and return the page (Gradio's Blocks)."""
     if password is None and not _is_loopback(host):
@@ -81,8 +97,9 @@ def start(
             f"'{host}' can be reached from other machines. Set a password for that, in the "
             f"environment as {PASSWORD} or in a file named with --password-file."
         )
-    if pictures and not pictures.is_dir():
-        raise RunError(f"'{pictures}' is not a folder.")
+    for folder in (pictures, models):
+        if folder and not folder.is_dir():
+            raise RunError(f"'{folder}' is not a folder.")
     try:
         texts.choose(language or texts.of_system())
     except ValueError as error:
@@ -106,7 +123,7 @@ def start(
     from lora_sd.ui.page import build_page
     from lora_sd.ui.theme import launch_options
 
-    page = build_page(outputs, pictures)
+    page = build_page(outputs, pictures, models)
     keep_private(page)
     page.queue(api_open=False, default_concurrency_limit=1, max_size=32)
     gate = Middleware(Gate, host=host, cache=cache, locked=password is not None)

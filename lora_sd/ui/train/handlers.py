@@ -76,19 +76,12 @@ class TrainHandlers:
 
     Args:
         place: what all tabs work on.
-        make_room: called before a training begins, to free memory that it may need.
         planner: makes the plans.
     """
 
-    def __init__(
-        self,
-        place: Workplace,
-        make_room: Callable[[], None] = lambda: None,
-        planner: Planner | None = None,
-    ) -> None:
+    def __init__(self, place: Workplace, planner: Planner | None = None) -> None:
         self.place = place
-        self.running = RunHandlers(place, make_room)
-        self._make_room = make_room
+        self.running = RunHandlers(place)
         self._planner = planner or Planner()
 
     def secret(self) -> str:
@@ -185,8 +178,6 @@ class TrainHandlers:
         """Check everything, and start the trainer, or put the run into the queue."""
         try:
             config = self.config(form)
-            if self.place.trainer.current() is None:
-                self._make_room()
             return Started(self.place.queue.submit(config))
         except FormError as error:
             return Started(problems=error.others, by_field=error.by_field)

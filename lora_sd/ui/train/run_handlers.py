@@ -39,16 +39,10 @@ class Told:
 
 
 class RunHandlers:
-    """The run panel's handlers.
+    """The run panel's handlers."""
 
-    Args:
-        place: what all tabs work on.
-        make_room: called before a training begins, to free memory that it may need.
-    """
-
-    def __init__(self, place: Workplace, make_room: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, place: Workplace) -> None:
         self.outputs, self.trainer, self.queue = place.outputs, place.trainer, place.queue
-        self._make_room = make_room
 
     def names(self) -> list[str]:
         """All runs, newest first, with one that is just being started at the top."""
@@ -101,13 +95,7 @@ class RunHandlers:
 
     def resume(self, run: object) -> Told:
         """Go on with a run that ended early, or put that into the queue."""
-
-        def submit(name: str) -> Submitted:
-            if self.trainer.current() is None:
-                self._make_room()
-            return self.queue.resume(name)
-
-        return self._tell(run, submit)
+        return self._tell(run, self.queue.resume)
 
     def move(self, entry: object, by: int) -> Told:
         """Move an entry of the queue up (-1) or down (+1)."""
