@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lora_sd.layer_names import layer_shapes
 from lora_sd.merge import MergedWeights
 from lora_sd.parts import Scales
 from lora_sd.run_folder import RunFolder
+from lora_sd.ui.adapters.handlers import AdapterHandlers
 from lora_sd.ui.generate import pictures, studio
 from lora_sd.ui.generate.handlers import BY_HAND, GenerateHandlers
 from lora_sd.ui.launch import Trainer
@@ -474,3 +476,30 @@ def test_the_newest_result_is_chosen_unless_another_was_by_hand(tmp_path: Path) 
     assert handlers.to_choose("fox", seen) == "owl"
     assert handlers.to_choose("fox", handlers.newest_result()) == "fox"
     assert handlers.newest_of("cat") == "cat/step_000009" and handlers.newest_of("none") is None
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_an_adapter_deleted_while_it_is_drawn_with(handlers, used_before):
+    library = AdapterHandlers(handlers.place)
+    request = handlers.request(wish(seed=3))
+    if used_before:  # and in memory since
+        handlers.draw(handlers.request(wish(seed=2)), go_on)
+
+    def delete_at(step: int) -> Callable[[int, int], bool]:
+        def on_step(done: int, total: int) -> bool:
+            if done == step and (handlers.outputs / "run").exists():
+                deleted.append(library.delete("run").id)
+            return False
+
+        return on_step
+
+    deleted: list[str] = []
+    with pytest.raises(UserError, match="'run' was deleted meanwhile"):
+        handlers.draw(request, delete_at(0))  # before it is read
+    library.restore(deleted[-1])
+    (drawn,) = handlers.draw(request, delete_at(1))  # while it is drawn with
+    assert len(deleted) == 2
+    library.restore(deleted[-1])
+    handlers.studio = studio.Studio(handlers.place.trainer)
+    (alone,) = handlers.draw(request, go_on)
+    assert np.array_equal(np.asarray(drawn.after), np.asarray(alone.after))

@@ -179,11 +179,12 @@ class Studio:
     def _adapter(self, used: Used, loaded: _Loaded) -> Adapter:
         from lora_sd.formats import load_adapter
 
-        key = used.adapter.stamp()
+        key = _stamp(used)
         if key not in self._adapters:
             try:
                 self._adapters[key] = load_adapter(used.adapter.file, loaded.shapes)
             except UserError as error:  # its sentences name the path, which is ours
+                _stamp(used)  # as long as it is there
                 path, name = str(used.adapter.file), used.adapter.label
                 words = [problem.replace(path, name) for problem in error.problems]
                 raise AdapterError(words) from None
