@@ -8,12 +8,13 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from lora_sd import durable, inject
 from lora_sd.adapter import Adapter
 from lora_sd.base_model import BaseModel
+from lora_sd.label_font import Font, label_font, readable
 from lora_sd.merge import LiveWeights, MergedWeights
 from lora_sd.schedulers import scheduler_named
 
@@ -227,7 +228,7 @@ def draw_grid(
     enlarge = max(1, SMALL_PICTURE_PX // max(width, height) // 2)
     width, height = width * enlarge, height * enlarge
     font_px = max(12, min(24, width // 9))
-    font = ImageFont.load_default(font_px)
+    font = label_font([*row_labels, *column_labels], font_px)
     gap = 6
     label_px = max(180, int(width * 1.4))
     top_px = font_px * 2
@@ -239,10 +240,11 @@ def draw_grid(
     draw = ImageDraw.Draw(grid)
     for column, label in enumerate(column_labels):
         centre = label_px + column * (width + gap) + width // 2
-        draw.text((centre, top_px // 2), label, "black", font, anchor="mm")
+        draw.text((centre, top_px // 2), readable(label, font), "black", font, anchor="mm")
     for row, (pictures, label) in enumerate(zip(rows, row_labels, strict=True)):
         top = top_px + row * (height + gap)
-        text = _wrap(label, font, label_px - 2 * gap)
+        unreadable = f"row {row + 1}: no font on this computer has its letters"
+        text = _wrap(readable(label, font, unreadable), font, label_px - 2 * gap)
         draw.multiline_text((gap, top + height // 2), text, "black", font, anchor="lm")
         for column, picture in enumerate(pictures):
             large = picture.resize((width, height), Image.Resampling.LANCZOS)
@@ -250,12 +252,17 @@ def draw_grid(
     return grid
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
+def _wrap(text: str, font: Font, width_px: int) -> str:
+    """Lines of that width: broken between words, and within those of a longer one."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width_px:
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width_px:
+                lines.append("")
+            lines[-1] += letter
     return "\n".join(lines)

@@ -224,3 +224,16 @@ def test_the_grid_shows_every_picture_at_its_place():
         grid.getpixel((x, y)) for x in range(0, grid.width, 9) for y in range(0, grid.height, 9)
     }
     assert {picture.getpixel((0, 0)) for picture in pictures} <= found
+
+
+def ink(grid: Image.Image, right: int) -> tuple[int, int, int, int]:
+    """Where something is written in the column of the rows' labels."""
+    labels = grid.crop((0, 30, right, grid.height)).convert("L").point(lambda value: value < 128)
+    return labels.getbbox() or (0, 0, 0, 0)
+
+
+def test_a_long_label_without_spaces_is_broken_too():
+    picture = Image.new("RGB", (64, 64), "white")
+    grid = draw_grid([[picture]], ["icon" * 30], ["0"])
+    left, top, right, bottom = ink(grid, grid.width)
+    assert right < 180 and bottom - top > 40
