@@ -23,6 +23,13 @@ from lora_sd.ui.texts import say
 _PROGRESS = gr.Progress()
 SMALL_PX, SMALL_SHOWN_PX, LARGE_SHOWN_PX = 128, 448, 640  # a small picture blurs when too large
 HISTORY = 48
+# A narrow page has the form far above the pictures: what is filled in is brought into sight.
+SHOW_FORM = """() => {
+  if (window.innerWidth >= 900) return;
+  const said = document.querySelector('#generate-problems .problems');
+  const shown = said ?? document.getElementById('adapter');
+  shown.scrollIntoView({behavior: 'smooth', block: 'center'});
+}"""
 Updates = dict[Any, Any]
 
 
@@ -296,7 +303,9 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
     tab.history.select(press_picture, tab.kept, pair_parts, **quick)
     adapter_parts = [row.group for row in tab.adapters[1:]]
     filled = [*fields, *adapter_parts, tab.seen]
-    tab.bring_back.click(press_bring_back, tab.shown, [tab.problems, *filled], **looking)
+    tab.bring_back.click(press_bring_back, tab.shown, [tab.problems, *filled], **looking).then(
+        None, None, None, js=SHOW_FORM
+    )
     tab.from_picture.upload(
         read_picture, tab.from_picture, [tab.picture_problems, *filled], **looking
     )
