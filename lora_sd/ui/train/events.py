@@ -86,7 +86,8 @@ def wire_train_form(
         updates: dict[Any, Any] = _marked(form, started.by_field, data[form.wrong])
         updates[form.problems] = _problems(started.by_field, started.problems)
         if started.submitted:
-            updates[parts["output.name"]] = gr.update(value="")
+            name = parts["output.name"]
+            updates[name] = {**updates.get(name, {}), **gr.update(value="")}
             said = submitted_sentence(started.submitted)
             updates[panel.said] = (
                 f'<p class="hint" role="status">{escape(said)}</p>' if said else ""
@@ -114,12 +115,6 @@ def wire_train_form(
         {parts[name] for name in OF_TOTALS},
         form.totals,
         **LAST,
-    )
-    panel.at_work.change(
-        lambda run: gr.update(value=say("train.queue" if run else "train.start")),
-        panel.at_work,
-        form.start,
-        **QUICK,
     )
     # In the browser alone: nothing is sent.
     gr.on(

@@ -49,6 +49,18 @@ class TrainForm:
     start: gr.Button
 
 
+TO_FIELD = """
+element.addEventListener("click", (event) => {
+  const link = event.target.closest("a");
+  if (!link) return;
+  event.preventDefault();  // it is relative to Gradio's <base>: at another address it would reload
+  const field = document.querySelector(link.getAttribute("href"));
+  field.scrollIntoView({ block: "center" });
+  field.querySelector("input, textarea, button")?.focus({ preventScroll: true });
+});
+"""
+
+
 def build_train_form(handlers: TrainHandlers) -> TrainForm:
     """Lay out the form inside the current column."""
     secret, first = handlers.secret(), handlers.starting_form()
@@ -100,7 +112,7 @@ def build_train_form(handlers: TrainHandlers) -> TrainForm:
         )
     plan = gr.HTML(elem_id="plan")
     with gr.Column(elem_classes="start-bar"):
-        problems = gr.HTML(elem_id="problems")
+        problems = gr.HTML(elem_id="problems", js_on_load=TO_FIELD)
         start = gr.Button(say("train.start"), variant="primary", size="lg", elem_id="start")
     return TrainForm(
         parts, folds, more, kept, set_to, gr.State([]), thumbs, to_pictures, mask_note, recipe_note,

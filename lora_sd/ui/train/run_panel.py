@@ -29,7 +29,6 @@ class RunPanel:
         run: its value is the run that is shown.
         said: HTML for what is to be said of a start.
         use, compare: buttons that lead to other tabs with that run.
-        at_work: the run that is being trained, or "".
         refresh: arguments of the event that reads the run anew.
     """
 
@@ -37,12 +36,15 @@ class RunPanel:
     said: gr.HTML
     use: gr.Button
     compare: gr.Button
-    at_work: gr.State
     refresh: dict[str, Any]
 
 
-def build_run_panel(handlers: RunHandlers) -> RunPanel:
-    """Lay out the panel inside the current column."""
+def build_run_panel(handlers: RunHandlers, start: gr.Button) -> RunPanel:
+    """Lay out the panel inside the current column.
+
+    Args:
+        start: the form's button, which says what a press would do while a run is at work.
+    """
     run = gr.Dropdown(
         [], value=None, label=say("run.run"), allow_custom_value=True, visible=False, elem_id="run"
     )
@@ -114,7 +116,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
         gauge = gr.HTML(elem_id="gauge")
     with gr.Accordion(say("run.log"), open=False, visible=False, elem_id="log-fold") as log_fold:
         log = gr.HTML(elem_id="log")
-    shown, at_work = gr.State({}), gr.State("")
+    shown = gr.State({})
     chosen = gr.State(None)  # of the queue: Gradio refuses, with a toast, an entry that has gone
     wanted = gr.State((None, None))  # a run, and the step of it whose samples were chosen by hand
     parts: dict[str, Any] = {
@@ -124,7 +126,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
         "queue_go_on": queue_go_on, "curve": curve, "curves": curves,
         "samples_title": samples_title, "samples": samples, "sample_step": sample_step,
         "grid_title": grid_title, "grid": grid, "gauge_fold": gauge_fold, "gauge": gauge,
-        "log_fold": log_fold, "log": log,
+        "log_fold": log_fold, "log": log, "start": start,
     }  # fmt: skip
 
     def look(data: dict[Any, Any]) -> dict[Any, Any]:
@@ -138,14 +140,12 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
             return gr.skip()
         sent: dict[Any, Any] = {parts[name]: update for name, update in updates.items()}
         sent[shown] = now
-        if now.get("at_work") != before.get("at_work"):
-            sent[at_work] = now["at_work"] or ""
         return sent
 
     refresh: dict[str, Any] = {
         "fn": look,
         "inputs": {run, shown, wanted, chosen},
-        "outputs": [*parts.values(), shown, at_work],
+        "outputs": [*parts.values(), shown],
         "queue": False,
         "show_progress": "hidden",
         "trigger_mode": "once",
@@ -177,7 +177,7 @@ def build_run_panel(handlers: RunHandlers) -> RunPanel:
     wire(remove, handlers.remove, chosen)
     wire(hold, lambda _: handlers.hold(True), entry)
     wire(queue_go_on, lambda _: handlers.hold(False), entry)
-    return RunPanel(run, said, use, compare, at_work, refresh)
+    return RunPanel(run, said, use, compare, refresh)
 
 
 def told_html(told: Told) -> str:
@@ -244,6 +244,7 @@ def _stamps(handlers: RunHandlers, look: Look, view: RunView) -> dict[str, Any]:
         "gauge": (view.name, view.course.gauged and view.course.gauged.step),
         "log_fold": bool(view.log),
         "log": hash(view.log),
+        "start": look.at_work is not None,
     }
 
 
@@ -305,6 +306,8 @@ def _update(name: str, handlers: RunHandlers, look: Look, view: RunView) -> Any:
             return gr.update(visible=view.steps > 0)
         case "gauge":
             return gauge_html(view.course.gauged, view.steps)
+        case "start":
+            return gr.update(value=say("train.queue" if look.at_work else "train.start"))
         case "log_fold":
             return gr.update(visible=bool(view.log))
         case _:
@@ -315,7 +318,7 @@ def _queue_stamps(queue: QueueState) -> dict[str, Any]:
     there = bool(queue.entries) or queue.is_held
     return {
         "queue": there,
-        "queue_title": queue.held_by,
+        "queue_title": ("held", queue.held_by),  # never None: it is written at the first look
         "queue_entry": queue.entries,
         "queue_hold": queue.is_held,
         "queue_go_on": queue.is_held,

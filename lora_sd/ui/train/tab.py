@@ -43,5 +43,5 @@ def build_train_tab(handlers: TrainHandlers) -> TrainTab:
         with gr.Column(scale=5, min_width=320, elem_classes="form-side"):
             form = build_train_form(handlers)
         with gr.Column(scale=6, min_width=320, elem_classes="run-side"):
-            panel = build_run_panel(handlers.running)
+            panel = build_run_panel(handlers.running, form.start)
     return TrainTab(form, panel, *wire_train_form(form, panel, handlers))
