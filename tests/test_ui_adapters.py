@@ -20,6 +20,7 @@ from lora_sd.formats import load_adapter, save_adapter
 from lora_sd.formats.families import load_any
 from lora_sd.formats.layer_tables import layer_shapes
 from lora_sd.run_folder import RunFolder, Status
+from lora_sd.ui import fields
 from lora_sd.ui.adapters import cards, html
 from lora_sd.ui.adapters.handlers import AdapterHandlers
 from lora_sd.ui.adapters.offered import offered_adapters
@@ -245,7 +246,9 @@ def test_inspected_and_compared(handlers: AdapterHandlers, tmp_path: Path) -> No
     found = handlers.compare("upload:a", "upload:b", QUIET)
     assert found.similarity.whole.cosine == pytest.approx(1)
     assert found.settings == [("train.steps", "5", "7")]
-    assert "practically the same" in html.compared_html(found)
+    shown = html.compared_html(found)
+    assert "practically the same" in shown
+    assert fields.label("train.steps") in shown and "train.steps" not in shown
     with pytest.raises(UserError, match="Choose another"):
         handlers.compare("cat", None, QUIET)
 

@@ -5,6 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from lora_sd.errors import shown_size
+from lora_sd.ui import fields
 from lora_sd.ui.adapters.cards import Card
 from lora_sd.ui.adapters.handlers import CardList, Chosen
 from lora_sd.ui.adapters.tools import BakedModel, Compared, Made
@@ -164,6 +165,15 @@ def verified_html(family: str, report: "Report") -> str:
     return f'<p>{escape(head)}</p><ul class="clients">{items}</ul>{_notices_html(report.lines())}'
 
 
+def _setting(name: str) -> str:
+    """A setting as the Train tab calls it; what other programs wrote stays as it is."""
+    return fields.label(name) if name in fields.FIELDS else name
+
+
+def _value(text: str) -> str:
+    return "–" if text in ("", "null") else _short(text)
+
+
 def compared_html(found: Compared) -> str:
     """How alike two adapters are, by block, and the settings that differ."""
     first, second = found.names
@@ -198,7 +208,7 @@ def compared_html(found: Compared) -> str:
         say("adapters.column.cosine"),
     ]
     settings = [
-        [escape(name), escape(_short(one)), escape(_short(other))]
+        [escape(_setting(name)), escape(_value(one)), escape(_value(other))]
         for name, one, other in found.settings[:MOST_SETTINGS]
     ]
     below = (

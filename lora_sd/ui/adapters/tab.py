@@ -110,7 +110,7 @@ def build_adapters_tab() -> AdaptersTab:
                 file = gr.File(
                     file_types=[".safetensors"],
                     label=say("adapters.import_file"),
-                    height=110,
+                    height=130,
                     elem_id="adapter-import",
                 )
                 file_base = gr.Dropdown(
