@@ -108,7 +108,7 @@ def build_parts(answers: Sequence[Callable[[Any], Any]]) -> DataParts:
                 elem_id="data-set",
             )
             summary = gr.HTML(elem_id="data-summary")
-            with gr.Row(elem_classes="snug"):
+            with gr.Row(equal_height=True, elem_classes="snug"):
                 train = gr.Button(say("data.train"), variant="primary", elem_id="data-train")
                 copy_first = gr.Button(
                     say("data.copy.first"), visible=False, elem_id="data-copy-first"
