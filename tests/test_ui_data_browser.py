@@ -1,23 +1,21 @@
 """The cards of the Data set tab in a real browser: written on, removed, undone, nothing lost."""
 
+from typing import Any
+
+from browser import App, visit
 from PIL import Image
-from test_app_browser import App, Seen, app, browser, open_page  # noqa: F401
 
 
-def test_captions_are_written_on_cards_and_nothing_is_lost(
-    app: App,  # noqa: F811
-    browser,  # noqa: F811
-) -> None:
+def test_captions_are_written_on_cards_and_nothing_is_lost(app: App, browser: Any) -> None:
     cats = app.outputs / "datasets" / "cats"
     cats.mkdir(parents=True)
     for number, name in enumerate("abc"):
         Image.effect_noise((96, 64), 40 + number).save(cats / f"{name}.png")
         (cats / f"{name}.txt").write_text(f"caption {name}\n")
-    seen = Seen()
-    page = open_page(browser, app, seen)
-    page.get_by_role("tab", name="Data set").click()
-    page.locator("#data-set input").click()
-    page.get_by_role("option", name="cats").click()
+    me = visit(browser, app)
+    page = me.page
+    me.open_tab("Data set")
+    me.choose("data-set", "cats (3 pictures)")
 
     def caption(name: str):
         return page.locator(f'.cards [data-name="{name}.png"] textarea')
@@ -61,4 +59,4 @@ def test_captions_are_written_on_cards_and_nothing_is_lost(
     value_is("c", "from elsewhere")
     value_is("b", "caption b")
     value_is("a", "a red cat")
-    assert seen.errors == [] and seen.foreign == []
+    assert me.saw_nothing_wrong()
