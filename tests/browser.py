@@ -198,9 +198,9 @@ def imports_s() -> float:
     return time.monotonic() - began
 
 
-def is_soon(took_s: float, wanted_s: float, imports: float) -> bool:
-    """Whether it took no longer than wanted, or on a busy machine than a share of `imports_s`."""
-    return took_s <= wanted_s or took_s <= imports * imports_s()
+def crowd() -> float:
+    """How many programs want each core now, and at least 1: as many times longer all takes."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def _missing(reason: str) -> None:

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import PROJECT, App, Visitor, imports_s, is_soon, until, visit
+from browser import PROJECT, App, Visitor, crowd, imports_s, until, visit
 from PIL import Image
 
 from lora_sd.base_loading import load_base_model
 from lora_sd.formats import load_adapter
 from lora_sd.layer_names import layer_shapes
+from lora_sd.run_folder import RunFolder
 
 FIRST_PAGE_S = 7.0
 SEEN_S = 2.0  # until a page shows what has changed
 MOST_CLICKS = 8
 STEPS = 50
+ROW_PX = 128  # of a grid, and a little between them
 AT_WORK = ("training", "sampling", "saving")
 
 
@@ -88,35 +90,41 @@ def curve(me: Visitor) -> str:
     return line.get_attribute("points") or ""
 
 
-def sees(me: Visitor, app: App, *states: str) -> float:
-    """The run comes to one of these states; how many seconds later the page says so."""
+def sees(me: Visitor, app: App, *states: str) -> None:
+    """The run comes to one of these states, and the page soon says so."""
     until(lambda: (now := app.status("demo")) and now.state in states)
     began = time.monotonic()
     me.wait_for_state(*states)
-    return time.monotonic() - began
+    took = time.monotonic() - began
+    print(f"'{states[0]}' seen after {took:.1f} s, at {crowd():.1f} programs a core")
+    assert took <= SEEN_S * crowd()
 
 
-def reload(me: Visitor, app: App) -> float:
-    """Load the page anew; how many seconds after it is there it shows the true state."""
+def reload(me: Visitor, app: App) -> None:
+    """Load the page anew: once it is there, it soon shows the true state."""
     before = app.step("demo")
     me.page.reload()
     me.page.locator("#start").wait_for()
     began = time.monotonic()
     me.wait_for_state(*AT_WORK)
-    took, shown = time.monotonic() - began, me.step()
-    assert before <= shown <= app.step("demo")
+    took, step = time.monotonic() - began, me.step()
+    print(f"the true state seen {took:.1f} s after a reload, at {crowd():.1f} programs a core")
+    assert took <= SEEN_S * crowd()
+    assert before <= step <= app.step("demo")
     me.wait_for_value("train-steps", str(STEPS))
-    return took
+
+
+def shown(me: Visitor, image: Any) -> np.ndarray:
+    """The picture that an element of the page shows."""
+    data = me.page.request.get(image.get_attribute("src")).body()
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int)
 
 
 def pair(me: Visitor) -> tuple[np.ndarray, np.ndarray]:
     """The pictures on the Generate tab: without the adapters, and with them."""
-    me.page.locator("#pair img").nth(1).wait_for()
-    found = []
-    for image in me.page.locator("#pair img").all()[:2]:
-        data = me.page.request.get(image.get_attribute("src")).body()
-        found.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int))
-    return found[0], found[1]
+    images = me.page.locator("#pair img")
+    images.nth(1).wait_for()
+    return shown(me, images.nth(0)), shown(me, images.nth(1))
 
 
 def slide_to(me: Visitor, scale: float) -> None:
@@ -135,13 +143,14 @@ def slide_to(me: Visitor, scale: float) -> None:
     until(lambda: me.page.locator("#pair img").nth(1).get_attribute("src") != drawn)
 
 
-def draw_grid(me: Visitor) -> None:
-    """Every checkpoint at two scales, in one picture."""
+def draw_grid(me: Visitor) -> np.ndarray:
+    """All that the run saved at two scales, in one picture."""
     me.unfold("grid-settings")
     me.page.get_by_role("radio", name="Checkpoints").click()
     me.field("grid-scales").fill("0, 1")
     me.press("draw-grid")
     me.page.locator("#scale-grid img").wait_for()
+    return shown(me, me.page.locator("#scale-grid img"))
 
 
 def choose_adapter(me: Visitor, name: str) -> None:
@@ -190,16 +199,16 @@ def test_the_whole_way(app: App, browser: Any, pictures: list[Path], tmp_path: P
     # train, and reload the page meanwhile
     me.field("output-name").fill("demo")
     start_small(me, STEPS)
-    delays = [sees(me, app, *AT_WORK)]
+    sees(me, app, *AT_WORK)
     me.page.locator("#curve polyline.smooth").first.wait_for()
     before = curve(me)
     until(lambda: curve(me) != before)
-    delays.append(reload(me, app))
+    reload(me, app)
     me.page.locator("#samples img").nth(1).wait_for()
 
     # stop
     me.press("stop")
-    delays.append(sees(me, app, "stopped"))
+    sees(me, app, "stopped")
     stopped_at = app.step("demo")
     assert 0 < stopped_at < STEPS
     me.wait_for_text("run-card", f"Stopped at step {stopped_at} of {STEPS}")
@@ -215,7 +224,7 @@ def test_the_whole_way(app: App, browser: Any, pictures: list[Path], tmp_path: P
     assert me.saw_nothing_wrong()
     me = visit(browser, app)
     me.wait_for_state(*AT_WORK, "finished")
-    delays.append(sees(me, app, "finished"))
+    sees(me, app, "finished")
     assert me.step() == STEPS
     me.page.locator("#grid img").wait_for()
 
@@ -232,7 +241,8 @@ def test_the_whole_way(app: App, browser: Any, pictures: list[Path], tmp_path: P
     slide_to(me, 0.5)
     half = pair(me)[1]
     assert (half != base).any() and (half != whole).any()
-    draw_grid(me)
+    saved = RunFolder(app.outputs / "demo").adapter_files()
+    assert len(saved) > 1 and draw_grid(me).shape[0] // ROW_PX == len(saved)
 
     # download, and use it elsewhere
     me.open_tab("Adapters")
@@ -254,8 +264,6 @@ def test_the_whole_way(app: App, browser: Any, pictures: list[Path], tmp_path: P
     me.wait_for_text("pair-caption", "both")
     assert abs(pair(me)[1] - whole).mean() < abs(half - whole).mean() / 4
     assert me.saw_nothing_wrong()
-    print("states seen after", *(f"{delay:.1f} s" for delay in delays))
-    assert is_soon(max(delays), SEEN_S, imports=0.35)
 
 
 @pytest.mark.timeout(600)
