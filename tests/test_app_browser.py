@@ -296,9 +296,11 @@ def test_the_form_follows_the_base_and_says_what_is_wrong(app: App, browser: Any
     # the fields that another base's recipe has, but for those set by hand
     me.field("adapter-rank").fill("12")
     me.field("base-model").fill("nobody/some-xl-model")
+    me.field("base-model").press("Tab")
     me.wait_for_text("recipe-note", "Left as you set them: Rank.")
     me.wait_for_value("data-resolution_px", "1024")
     me.field("base-model").fill("tiny-sd")
+    me.field("base-model").press("Tab")
     me.wait_for_value("data-resolution_px", "64")
 
     # a wrong value is a sentence beside its field, and nothing else is lost
