@@ -4,36 +4,18 @@ import pytest
 
 from tests.torture.programs import ran
 
-pytestmark = [pytest.mark.torture, pytest.mark.slow]
+pytestmark = [pytest.mark.torture, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def test_kills_find_a_saver_that_writes_in_place():
-    done = ran(
-        "kill_campaign",
-        "--kills",
-        "25",
-        "--seed",
-        "1",
-        "--variants",
-        "dropout",
-        "--broken",
-        "in-place",
-    )
+    done = ran("kill_campaign", *"--kills 25 --seed 1 --variants dropout --broken in-place".split())
     assert done.returncode == 1
     assert " 0 failed resumes" not in done.stdout and "failed resumes" in done.stdout
 
 
 def test_kills_find_a_saver_that_removes_the_old_ones_first():
     done = ran(
-        "kill_campaign",
-        "--kills",
-        "15",
-        "--seed",
-        "1",
-        "--variants",
-        "dropout",
-        "--broken",
-        "pruning-first",
+        "kill_campaign", *"--kills 15 --seed 1 --variants dropout --broken pruning-first".split()
     )
     assert done.returncode == 1
     assert "the newest whole checkpoint went from" in done.stdout
