@@ -1,5 +1,7 @@
 """The campaigns notice savers that lose runs; `make torture`."""
 
+from subprocess import CompletedProcess
+
 import pytest
 
 from tests.torture.programs import ran
@@ -7,16 +9,20 @@ from tests.torture.programs import ran
 pytestmark = [pytest.mark.torture, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
+def killed(kills: int, *options: str) -> CompletedProcess[str]:
+    """A small kill campaign."""
+    seed, variants = ("--seed", "1"), ("--variants", "dropout")
+    return ran("kill_campaign", "--kills", str(kills), *seed, *variants, *options)
+
+
 def test_kills_find_a_saver_that_writes_in_place():
-    done = ran("kill_campaign", *"--kills 25 --seed 1 --variants dropout --broken in-place".split())
+    done = killed(25, "--broken", "in-place")
     assert done.returncode == 1
     assert " 0 failed resumes" not in done.stdout and "failed resumes" in done.stdout
 
 
 def test_kills_find_a_saver_that_removes_the_old_ones_first():
-    done = ran(
-        "kill_campaign", *"--kills 15 --seed 1 --variants dropout --broken pruning-first".split()
-    )
+    done = killed(15, "--broken", "pruning-first")
     assert done.returncode == 1
     assert "the newest whole checkpoint went from" in done.stdout
 
