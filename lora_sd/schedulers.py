@@ -22,7 +22,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "LMS": ("LMSDiscreteScheduler", {}),
     "LCM": ("LCMScheduler", {}),
 }
 """diffusers' class of each, and what it is told beside the base's own config."""

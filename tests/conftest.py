@@ -13,6 +13,7 @@ import pytest
 import torch
 from browser import app, browser  # noqa: F401
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import settings
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -28,6 +29,8 @@ from lora_sd.base_loading import load_base_model
 from lora_sd.base_model import BaseModel
 
 PROJECT = Path(__file__).resolve().parent.parent
+settings.register_profile("busy", deadline=None)  # machines differ, and so do their moments
+settings.load_profile("busy")
 PICTURE_PX = 16
 
 

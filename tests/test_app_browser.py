@@ -50,7 +50,7 @@ def upload(me: Visitor, pictures: list[Path]) -> None:
     me.page.locator("#files tr.file").nth(len(pictures) - 1).wait_for()
     me.press("data-make")
     me.wait_for_text("upload-told", f"with {len(pictures)} pictures")
-    me.page.locator(".cards li").nth(len(pictures) - 1).wait_for()
+    me.page.locator(f'.cards [data-name="{pictures[-1].name}"]').wait_for()
 
 
 def caption(me: Visitor, folder: Path) -> None:

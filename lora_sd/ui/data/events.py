@@ -1,5 +1,6 @@
 """What happens when a part of the Data set tab is used: between its parts and the handlers."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +20,7 @@ from lora_sd.ui.texts import say
 PREVIEWED = 6
 WORKING = '<div class="working"></div>'
 _PROGRESS = gr.Progress()
+View = Callable[[dict[Component, Any]], dict[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         tab.pager, tab.back, tab.next, tab.page,
     ]  # fmt: skip
 
+    asked: Counter[str] = Counter()  # by page: how often what it shows was to change
+
+    def unless_overtaken(fn: View) -> Callable[..., Any]:
+        """What a page asked for last is what it shows, whatever is answered last."""
+
+        def press(data: dict[Component, Any], page: gr.Request) -> Any:
+            session = str(page.session_hash)
+            asked[session] += 1
+            mine, updates = asked[session], fn(data)
+            return updates if asked[session] == mine else gr.skip()
+
+        return press
+
     def look(data: dict[Component, Any], data_set: object = None, page: object = 1) -> Shown:
         return handlers.show(
             data_set or data[tab.chosen], data[tab.base], data[tab.search], data[tab.which], page
@@ -60,11 +75,8 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
     def first_page(data: dict[Component, Any]) -> dict[Any, Any]:
         return _updates(tab, handlers, look(data))
 
-    def turn(by: int) -> Callable[[dict[Component, Any]], dict[Any, Any]]:
-        def press(data: dict[Component, Any]) -> dict[Any, Any]:
-            return _updates(tab, handlers, look(data, page=int(data[tab.page]) + by))
-
-        return press
+    def turn(by: int) -> View:
+        return lambda data: _updates(tab, handlers, look(data, page=int(data[tab.page]) + by))
 
     def edited(data: dict[Component, Any]) -> dict[Any, Any]:
         """After an edit on a card, which shows it already."""
@@ -89,17 +101,17 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
 
     wired = [tab.chosen.input, tab.search.input, tab.which.input, tab.base.input]
     gr.on(
-        wired, first_page, view, shown, trigger_mode="always_last", show_progress="hidden",
-        **looking,
+        wired, unless_overtaken(first_page), view, shown, trigger_mode="always_last",
+        show_progress="hidden", **looking,
     )  # fmt: skip
-    tab.back.click(turn(-1), view, shown, show_progress="hidden", **looking)
-    tab.next.click(turn(1), view, shown, show_progress="hidden", **looking)
+    tab.back.click(unless_overtaken(turn(-1)), view, shown, show_progress="hidden", **looking)
+    tab.next.click(unless_overtaken(turn(1)), view, shown, show_progress="hidden", **looking)
     tab.cards.edited(
         edited, view, [tab.summary, tab.undo, tab.redo, tab.tags],
         trigger_mode="always_last", show_progress="hidden", **looking,
     )  # fmt: skip
     tab.tags.chosen(find_tag, None, tab.search, **quick).then(
-        first_page, view, shown, show_progress="hidden", **looking
+        unless_overtaken(first_page), view, shown, show_progress="hidden", **looking
     )
 
     def preview(data: dict[Component, Any]) -> dict[Any, Any]:
@@ -138,6 +150,13 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         updates: dict[Any, Any] = {told: sentences_html(done.problems) + said}
         return updates | ({tab.chosen: done.data_set} if done.data_set else {})
 
+    def acting(told: gr.HTML, fn: Callable[[object], Done]) -> Callable[..., dict[Any, Any]]:
+        def press(value: object, page: gr.Request) -> dict[Any, Any]:
+            asked[str(page.session_hash)] += 1
+            return act(told, fn(value))
+
+        return press
+
     def apply(data: dict[Component, Any]) -> dict[Any, Any]:
         view_of = (data[tab.chosen], data[tab.base], data[tab.search], data[tab.which])
         return act(tab.bulk.told, handlers.apply(*view_of, form(data))) | {
@@ -151,7 +170,7 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         [tab.bulk.told, tab.bulk.apply, tab.bulk.preview, tab.chosen],
         show_progress="hidden",
         **looking,
-    ).then(refresh, view, shown, show_progress="hidden", **looking)
+    ).then(unless_overtaken(refresh), view, shown, show_progress="hidden", **looking)
     for button, told, fn, part in (
         (tab.undo, tab.told, handlers.undo, tab.chosen),
         (tab.redo, tab.told, handlers.redo, tab.chosen),
@@ -159,8 +178,8 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         (tab.keep.bring_back, tab.keep.told, handlers.bring_back, tab.keep.deleted),
     ):
         button.click(
-            _acting(act, told, fn), part, [told, tab.chosen], show_progress="hidden", **looking
-        ).then(refresh, view, shown, show_progress="hidden", **looking)
+            acting(told, fn), part, [told, tab.chosen], show_progress="hidden", **looking
+        ).then(unless_overtaken(refresh), view, shown, show_progress="hidden", **looking)
 
     def on_file(page: gr.Request, progress: gr.Progress, words: str) -> OnFile:
         progress(0, desc=words)
@@ -172,6 +191,7 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         return advance
 
     def begin(page: gr.Request) -> tuple[Any, str]:
+        asked[str(page.session_hash)] += 1
         handlers.cancelling.begin(str(page.session_hash))
         return gr.update(visible=True), WORKING
 
@@ -214,7 +234,7 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         button.click(begin, None, [cancel, told], **quick).then(
             press, inputs, changed, show_progress_on=told, **looking
         ).then(lambda: gr.update(visible=False), None, cancel, **quick).then(
-            refresh, view, shown, show_progress="hidden", **looking
+            unless_overtaken(refresh), view, shown, show_progress="hidden", **looking
         )
 
     def check(
@@ -249,22 +269,14 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         chosen=tab.chosen,
         train=tab.train,
         opened={
-            "fn": opened, "inputs": view, "outputs": shown, "show_progress": "hidden", **looking,
+            "fn": unless_overtaken(opened), "inputs": view, "outputs": shown,
+            "show_progress": "hidden", **looking,
         },
         choose={
             "fn": choose, "outputs": [tab.chosen, tab.search, tab.which, tab.page], **quick,
         },
         as_choice={"fn": as_choice, "inputs": tab.chosen, **quick},
     )  # fmt: skip
-
-
-def _acting(
-    act: Callable[[gr.HTML, Done], dict[Any, Any]], told: gr.HTML, fn: Callable[[object], Done]
-) -> Callable[[object], dict[Any, Any]]:
-    def press(value: object) -> dict[Any, Any]:
-        return act(told, fn(value))
-
-    return press
 
 
 def _answers(handlers: DataHandlers) -> list[Callable[[Any], Any]]:
