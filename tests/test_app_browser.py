@@ -17,10 +17,11 @@ from PIL import Image
 from lora_sd.base_loading import load_base_model
 from lora_sd.formats import load_adapter
 from lora_sd.layer_names import layer_shapes
-from lora_sd.run_folder import RunFolder
+from lora_sd.run_folder import WORKING, RunFolder
 
 FIRST_PAGE_S = 7.0
 SEEN_S = 2.0  # until a page shows what has changed
+SLACK_S = 1.0  # where the trainer and the browser want all cores
 MOST_CLICKS = 8
 STEPS = 50
 ROW_PX = 128  # of a grid, and a little between them
@@ -91,13 +92,18 @@ def curve(me: Visitor) -> str:
 
 
 def sees(me: Visitor, app: App, *states: str) -> None:
-    """The run comes to one of these states, and the page soon says so."""
-    until(lambda: (now := app.status("demo")) and now.state in states)
+    """The run comes to one of these states, or its process to its end: the page soon says so."""
+
+    def is_there() -> bool:
+        now = app.status("demo")
+        return bool(now and now.state in states and (now.state in WORKING or not now.is_alive()))
+
+    until(is_there)
     began = time.monotonic()
     me.wait_for_state(*states)
     took = time.monotonic() - began
     print(f"'{states[0]}' seen after {took:.1f} s, at {crowd():.1f} programs a core")
-    assert took <= SEEN_S * crowd()
+    assert took <= SEEN_S * crowd() + SLACK_S
 
 
 def reload(me: Visitor, app: App) -> None:
@@ -109,7 +115,7 @@ def reload(me: Visitor, app: App) -> None:
     me.wait_for_state(*AT_WORK)
     took, step = time.monotonic() - began, me.step()
     print(f"the true state seen {took:.1f} s after a reload, at {crowd():.1f} programs a core")
-    assert took <= SEEN_S * crowd()
+    assert took <= SEEN_S * crowd() + SLACK_S
     assert before <= step <= app.step("demo")
     me.wait_for_value("train-steps", str(STEPS))
 
