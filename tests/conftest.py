@@ -11,7 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from browser import app, browser  # noqa: F401
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import settings
 from PIL import Image
@@ -29,6 +28,7 @@ from lora_sd.base_loading import load_base_model
 from lora_sd.base_model import BaseModel
 
 PROJECT = Path(__file__).resolve().parent.parent
+pytest_plugins = ["browser"]  # the fixtures of the app in a real browser
 settings.register_profile("busy", deadline=None)  # machines differ, and so do their moments
 settings.load_profile("busy")
 PICTURE_PX = 16
