@@ -33,13 +33,13 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     password = server.read_password(options.password_file)
     server.serve(
+        options.outputs,
         options.host,
         options.port,
-        options.outputs,
-        options.pictures,
-        password,
-        options.language,
-        options.models,
+        pictures=options.pictures,
+        password=password,
+        language=options.language,
+        models=options.models,
     )
     return 0
 

@@ -1,12 +1,15 @@
 """Uploaded pictures with their captions and masks."""
 
+import io
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from lora_sd.data.report.measures import THUMBNAIL_PX
 from lora_sd.errors import DataError
 from lora_sd.ui.data import pictures
+from lora_sd.ui.data.look import small
 
 
 def test_masks_and_captions_stay_with_their_pictures(tmp_path: Path) -> None:
@@ -33,10 +36,12 @@ def test_uploads_are_paired_as_training_pairs_them(tmp_path: Path) -> None:
 
 def test_a_preview_keeps_the_shape(tmp_path: Path) -> None:
     Image.new("RGB", (600, 200)).save(tmp_path / "wide.png")
-    small = pictures.preview(tmp_path / "wide.png")
-    assert small and small.size == (pictures.PREVIEW_PX, round(pictures.PREVIEW_PX / 3))
+    found = small(tmp_path / "wide.png")
+    shown = Image.open(io.BytesIO(found.jpeg))
+    assert found.size_px == (600, 200)
+    assert shown.size == (THUMBNAIL_PX, round(THUMBNAIL_PX / 3))
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    assert pictures.preview(tmp_path / "broken.png") is None
+    assert not small(tmp_path / "broken.png").jpeg
 
 
 def test_bad_uploads_are_named_all_at_once(tmp_path: Path) -> None:

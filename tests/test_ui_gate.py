@@ -174,4 +174,4 @@ def test_other_machines_are_served_only_with_a_password(host: str, tmp_path: Pat
     from lora_sd.ui import server
 
     with pytest.raises(RunError, match="Set a password"):
-        server.start(host, 7860, tmp_path)
+        server.start(tmp_path, host, 7860)

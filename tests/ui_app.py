@@ -53,7 +53,7 @@ def served(outputs: Path, **options: Any) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     before = os.environ.get("GRADIO_TEMP_DIR")
-    page = server.start("127.0.0.1", port, outputs, **{"language": texts.ENGLISH, **options})
+    page = server.start(outputs, "127.0.0.1", port, **{"language": texts.ENGLISH, **options})
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             yield Served(page, outputs, client)

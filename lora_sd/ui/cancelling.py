@@ -1,5 +1,7 @@
 """Long work that an open page can cancel."""
 
+from typing import Any
+
 
 class Cancelling:
     """Which open pages have asked to stop what they began, by the hash of their session."""
@@ -18,3 +20,8 @@ class Cancelling:
     def is_cancelled(self, page: str) -> bool:
         """Whether that page asked to stop."""
         return page in self._cancelled
+
+
+def page_of(request: Any) -> str:
+    """The open page that an event (`gr.Request`) comes from: the hash of its session."""
+    return str(request.session_hash)

@@ -1,6 +1,7 @@
 """The page: a header and its tabs, and what leads from one tab to another."""
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -66,22 +67,27 @@ def build_page(
         train.select(**train_tab.opened)
         generate.select(**events.opened)
         adapters.select(**wire_adapters_tab(adapters_tab, AdapterHandlers(place)).opened)
+
+        def show(tab: str) -> dict[str, Any]:
+            """Arguments of the event that leads to a tab."""
+            return {
+                "fn": lambda: gr.update(selected=tab), "outputs": tabs, "show_progress": "hidden"
+            }  # fmt: skip
+
         panel = train_tab.panel
-        panel.use.click(**events.seen).then(
-            lambda: gr.update(selected="generate"), None, tabs, show_progress="hidden"
-        ).then(inputs=[panel.run, generate_tab.prompt], **events.choose)
-        data_tab.train.click(
-            lambda: gr.update(selected="train"), None, tabs, show_progress="hidden"
-        ).then(outputs=train_tab.data_set, **data_tab.as_choice)
-        train_tab.to_pictures.click(inputs=train_tab.data_set, **data_tab.choose).then(
-            lambda: gr.update(selected="data"), None, tabs, show_progress="hidden"
+        panel.use.click(**events.seen).then(**show("generate")).then(
+            inputs=[panel.run, generate_tab.prompt], **events.choose
         )
-        adapters_tab.use.click(
-            lambda: gr.update(selected="generate"), None, tabs, show_progress="hidden"
-        ).then(inputs=[adapters_tab.version, generate_tab.prompt], **events.choose_adapter)
+        data_tab.train.click(**show("train")).then(outputs=train_tab.data_set, **data_tab.as_choice)
+        train_tab.to_pictures.click(inputs=train_tab.data_set, **data_tab.choose).then(
+            **show("data")
+        )
+        adapters_tab.use.click(**show("generate")).then(
+            inputs=[adapters_tab.version, generate_tab.prompt], **events.choose_adapter
+        )
         compare.select(**compare_tab.opened).then(**compare_tab.refresh)
         panel.compare.click(inputs=[panel.run, *compare_tab.chosen], **compare_tab.choose).then(
-            lambda: gr.update(selected="compare"), None, tabs, show_progress="hidden"
+            **show("compare")
         )
         Api(place, generating).offer()
         page.load(**train_tab.loaded)

@@ -35,29 +35,9 @@ def read_password(file: Path | None) -> str | None:
     return password
 
 
-def serve(
-    host: str,
-    port: int,
-    outputs: Path,
-    pictures: Path | None = None,
-    password: str | None = None,
-    language: str | None = None,
-    models: Path | None = None,
-) -> None:
-    """Serve until Ctrl+C.
-
-    Args:
-        host, port: where to listen.
-        outputs: the folder of all runs.
-        pictures: a folder whose folders of pictures are offered for training.
-        password: what visitors must know; None: nothing, on this machine alone.
-        language: of the page, as 'en'; None: this system's, or English.
-        models: a folder whose checkpoints are offered as base models; None: models/ beside app.py.
-
-    Raises:
-        RunError: a setting or the outputs folder cannot be used, or the port is taken.
-    """
-    page = start(host, port, outputs, pictures, password, language, models)
+def serve(outputs: Path, host: str, port: int, **options: Any) -> None:
+    """Serve until Ctrl+C; arguments and errors as of `start`."""
+    page = start(outputs, host, port, **options)
     shown = f"[{host}]" if ":" in host else host
     with contextlib.suppress(KeyboardInterrupt):
         print(say("server.ready", address=f"http://{shown}:{port}/"), flush=True)
@@ -83,15 +63,28 @@ def left_behind(outputs: Path) -> list[str]:
 
 
 def start(
+    outputs: Path,
     host: str,
     port: int,
-    outputs: Path,
+    *,
     pictures: Path | None = None,
     password: str | None = None,
     language: str | None = None,
     models: Path | None = None,
 ) -> Any:
-    """Begin to serve, as `serve` does, and return the page (Gradio's Blocks)."""
+    """Begin to serve; the page (Gradio's Blocks).
+
+    Args:
+        outputs: the folder of all runs.
+        host, port: where to listen.
+        pictures: a folder whose folders of pictures are offered for training.
+        password: what visitors must know; None: nothing, on this machine alone.
+        language: of the page, as 'en'; None: this system's, or English.
+        models: a folder whose checkpoints are offered as base models; None: models/ beside app.py.
+
+    Raises:
+        RunError: a setting or the outputs folder cannot be used, or the port is taken.
+    """
     if password is None and not _is_loopback(host):
         raise RunError(
             f"'{host}' can be reached from other machines. Set a password for that, in the "

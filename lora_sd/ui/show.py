@@ -1,7 +1,5 @@
 """Small pieces of HTML, and pictures made large enough to look at."""
 
-import base64
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +10,8 @@ from textwrap import dedent
 from PIL import Image
 
 from lora_sd.ui import fields
-from lora_sd.ui.data.pictures import PREVIEWS, counted, preview
+from lora_sd.ui.data.look import small, source_of
+from lora_sd.ui.data.pictures import PREVIEWS, counted
 from lora_sd.ui.texts import say
 
 SHOWN_PX = 512
@@ -55,10 +54,10 @@ def thumbs_html(pairs: Sequence[tuple[Path, str]]) -> str:
         return ""
     items = []
     for file, caption in pairs[:PREVIEWS]:
-        small = preview(file)
+        picture = small(file)
         shown = (
-            f'<img src="{_data_uri(small)}" alt="">'
-            if small
+            f'<img src="{source_of(picture.jpeg)}" alt="">'
+            if picture.jpeg
             else f"<i>{escape(say('show.unreadable'))}</i>"
         )
         words = escape(caption) if caption else f"<em>{escape(say('show.no_caption'))}</em>"
@@ -77,9 +76,3 @@ def layers_html(table: str, notices: Sequence[str]) -> str:
         return ""
     said = "".join(f'<p class="hint">{escape(notice)}</p>' for notice in notices)
     return f'<pre class="layers" tabindex="0">{escape(dedent(table))}</pre>{said}'
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=85)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

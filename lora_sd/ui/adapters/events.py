@@ -12,6 +12,7 @@ from lora_sd.ui.adapters import html
 from lora_sd.ui.adapters.cards import item_of
 from lora_sd.ui.adapters.handlers import AdapterHandlers, Chosen, OnStep
 from lora_sd.ui.adapters.tab import AdaptersTab, Tool
+from lora_sd.ui.cancelling import page_of
 from lora_sd.ui.show import sentences_html
 from lora_sd.ui.texts import say
 
@@ -214,7 +215,7 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
         return html.baked_html(handlers.bake(values, on_step))
 
     def cancel(page: gr.Request) -> None:
-        handlers.cancelling.cancel(_id(page))
+        handlers.cancelling.cancel(page_of(page))
 
     def wire_tool(
         tool: Tool, run: Callable[[Updates, OnStep], str], inputs: set[Any], makes: bool = False
@@ -222,7 +223,7 @@ def wire_adapters_tab(tab: AdaptersTab, handlers: AdapterHandlers) -> AdaptersEv
         """Start and cancel; the lists anew after what makes a file."""
 
         def begin(page: gr.Request) -> Any:
-            handlers.cancelling.begin(_id(page))
+            handlers.cancelling.begin(page_of(page))
             return gr.update(visible=True)
 
         def press(data: Updates, page: gr.Request, progress: gr.Progress = _PROGRESS) -> Updates:
@@ -330,10 +331,6 @@ def _report(handlers: AdapterHandlers, page: gr.Request, progress: gr.Progress) 
         if total and time.monotonic() - shown > SHOWN_EVERY_S:
             shown = time.monotonic()
             progress((done, total), desc=say("adapters.working"), unit=say("adapters.layers_unit"))
-        return handlers.cancelling.is_cancelled(_id(page))
+        return handlers.cancelling.is_cancelled(page_of(page))
 
     return on_step
-
-
-def _id(page: gr.Request) -> str:
-    return str(page.session_hash)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from lora_sd.ui.compare.handlers import Compared, CompareHandlers, Row, SamePictures
 from lora_sd.ui.curves import loss_curve, rate_curve, validation_curve
+from lora_sd.ui.sample_parts import build_gallery, build_step_slider
 from lora_sd.ui.samples import shown_picture, slider
 from lora_sd.ui.show import sentences_html
 from lora_sd.ui.texts import say
@@ -45,21 +46,8 @@ def build_compare_tab(handlers: CompareHandlers) -> CompareTab:
     problems = gr.HTML(elem_id="compare-problems")
     curves = gr.HTML(elem_id="compare-curves")
     pictures_title = gr.HTML(elem_id="compare-pictures-title", elem_classes="part-title")
-    pictures = gr.Gallery(
-        show_label=False,
-        columns=6,
-        height="auto",
-        format="webp",
-        buttons=["fullscreen"],
-        interactive=False,
-        visible=False,
-        elem_id="compare-pictures",
-        elem_classes="captioned",
-    )
-    step = gr.Slider(
-        0, 1, 0, step=1, label=say("run.samples_of"), visible=False, elem_id="compare-step",
-        buttons=[],
-    )  # fmt: skip
+    pictures = build_gallery("compare-pictures", columns=6)
+    step = build_step_slider("compare-step")
     results = gr.HTML(elem_id="compare-results")
     settings = gr.HTML(elem_id="compare-settings")
     shown = gr.State({})

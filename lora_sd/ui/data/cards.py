@@ -1,6 +1,5 @@
 """The pictures of a data set as HTML: cards to write captions on, one picture large, tags."""
 
-import base64
 import io
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from PIL import Image
 
 from lora_sd.data.buckets import Crop
 from lora_sd.data.images import UnreadableImage, read_image
-from lora_sd.ui.data.look import Card
+from lora_sd.ui.data.look import Card, source_of
 from lora_sd.ui.texts import say
 
 MOST_TAGS = 200
@@ -146,11 +145,11 @@ def _difference(before: str, after: str) -> str:
 def _drawing(one: Card, jpeg: bytes) -> str:
     """A picture with what is cut off it darkened, in its own pixels."""
     width, height = one.small.size_px
-    source = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     frames = "".join(_frame(crop, width, height) for crop in one.crops)
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(one.picture.name)}">'
-        f'<image href="{source}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+        f'<image href="{source_of(jpeg)}" width="{width}" height="{height}" '
+        'preserveAspectRatio="none"/>'
         f"{frames}</svg>"
     )
 

@@ -10,6 +10,7 @@ import gradio as gr
 from gradio.components import Component
 
 from lora_sd.errors import UserError
+from lora_sd.ui.cancelling import page_of
 from lora_sd.ui.data import cards
 from lora_sd.ui.data.handlers import DataHandlers, Done, Shown
 from lora_sd.ui.data.pictures import OnFile, counted
@@ -57,7 +58,7 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
         """What a page asked for last is what it shows, whatever is answered last."""
 
         def press(data: dict[Component, Any], page: gr.Request) -> Any:
-            session = str(page.session_hash)
+            session = page_of(page)
             asked[session] += 1
             mine, updates = asked[session], fn(data)
             return updates if asked[session] == mine else gr.skip()
@@ -152,7 +153,7 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
 
     def acting(told: gr.HTML, fn: Callable[[object], Done]) -> Callable[..., dict[Any, Any]]:
         def press(value: object, page: gr.Request) -> dict[Any, Any]:
-            asked[str(page.session_hash)] += 1
+            asked[page_of(page)] += 1
             return act(told, fn(value))
 
         return press
@@ -186,17 +187,17 @@ def build_data_tab(handlers: DataHandlers) -> DataTab:
 
         def advance(done: int, of: int) -> bool:
             progress((done, of), desc=words, unit="files")
-            return handlers.cancelling.is_cancelled(str(page.session_hash))
+            return handlers.cancelling.is_cancelled(page_of(page))
 
         return advance
 
     def begin(page: gr.Request) -> tuple[Any, str]:
-        asked[str(page.session_hash)] += 1
-        handlers.cancelling.begin(str(page.session_hash))
+        asked[page_of(page)] += 1
+        handlers.cancelling.begin(page_of(page))
         return gr.update(visible=True), WORKING
 
     def press_cancel(page: gr.Request) -> None:
-        handlers.cancelling.cancel(str(page.session_hash))
+        handlers.cancelling.cancel(page_of(page))
 
     def make(
         data: dict[Component, Any], page: gr.Request, progress: gr.Progress = _PROGRESS

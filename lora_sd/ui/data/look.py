@@ -1,5 +1,6 @@
 """Each picture of a data set as training would see it: its crop, its caption, what is cut off."""
 
+import base64
 import math
 import os
 import threading
@@ -151,6 +152,11 @@ def card(picture: Captioned, shown: Small, base: str) -> Card:
     caption = tidy(picture.lines)
     tokens, cut_at = cut_place(caption, base)
     return Card(picture, shown, crops, problem, caption, tokens, cut_at)
+
+
+def source_of(jpeg: bytes) -> str:
+    """A JPEG as an address that an image of the page can have."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 def small(file: Path) -> Small:

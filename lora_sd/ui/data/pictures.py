@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from lora_sd.data import caption_files
 from lora_sd.data.caption_files import UnreadableCaption
 from lora_sd.data.caption_sources import CaptionSources
@@ -26,7 +24,6 @@ MOST_FILES = 2_000
 MOST_CAPTION = 2_000  # characters
 MOST_PROMPTS = 2  # taken from captions
 PREVIEWS = 10
-PREVIEW_PX = 160
 CAPTIONS = (*caption_files.SUFFIXES, *caption_files.METADATA)
 TEXTS = {Path(name).suffix or name for name in CAPTIONS}
 RENAME = "Give them different names."
@@ -126,16 +123,6 @@ def prompts_from(captions: Sequence[str], trigger_word: str) -> list[str]:
     options = FolderOptions(Path(), trigger_word=trigger_word)
     prompts = (plain_caption(" ".join(caption.split()), options) for caption in captions)
     return [*dict.fromkeys(filter(None, prompts))][:MOST_PROMPTS]
-
-
-def preview(file: Path) -> Image.Image | None:
-    """A small copy of a picture, in its shape; None when it cannot be read."""
-    try:
-        picture = read_image(file)
-    except UnreadableImage:
-        return None
-    picture.thumbnail((PREVIEW_PX, PREVIEW_PX), Image.Resampling.LANCZOS)
-    return picture
 
 
 def match_uploads(files: Sequence[Path], on_file: OnFile = lambda done, of: False) -> list[Upload]:

@@ -10,6 +10,7 @@ import gradio as gr
 
 from lora_sd.errors import UserError
 from lora_sd.ui.adapters.offered import OfferedAdapter, download_copy
+from lora_sd.ui.cancelling import page_of
 from lora_sd.ui.generate import pictures
 from lora_sd.ui.generate.handlers import BY_HAND, Drawn, GenerateHandlers
 from lora_sd.ui.generate.pictures import Restored
@@ -97,16 +98,16 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
         return on_step
 
     def begin(page: gr.Request) -> dict[str, Any]:
-        handlers.cancelling.begin(_id(page))
+        handlers.cancelling.begin(page_of(page))
         return gr.update(visible=True)
 
     def press_cancel(page: gr.Request) -> None:
-        handlers.cancelling.cancel(_id(page))
+        handlers.cancelling.cancel(page_of(page))
 
     def press_draw(
         data: dict[Any, Any], page: gr.Request, progress: gr.Progress = _PROGRESS
     ) -> Updates:
-        values, name = values_of(data), _id(page)
+        values, name = values_of(data), page_of(page)
         handlers.begin(name, values)
         try:
             drawn = handlers.draw(handlers.request(values), report(values, name, progress))
@@ -142,18 +143,18 @@ def wire_generate_tab(tab: GenerateTab, handlers: GenerateHandlers) -> GenerateE
     def release(
         data: dict[Any, Any], page: gr.Request, progress: gr.Progress = _PROGRESS
     ) -> Updates:
-        handlers.cancelling.begin(_id(page))
+        handlers.cancelling.begin(page_of(page))
         return press_draw(data, page, progress) if data[tab.has_pair] else {tab.problems: gr.skip()}
 
     def want_other(data: dict[Any, Any], page: gr.Request) -> dict[str, Any]:
         if data[tab.has_pair]:
-            handlers.wants_other(_id(page), values_of(data))
+            handlers.wants_other(page_of(page), values_of(data))
         return gr.update(visible=bool(data[tab.has_pair]))
 
     def press_grid(
         data: dict[Any, Any], page: gr.Request, progress: gr.Progress = _PROGRESS
     ) -> Updates:
-        values, name = values_of(data), _id(page)
+        values, name = values_of(data), page_of(page)
         try:
             picture = handlers.draw_grid(handlers.grid(values), report(values, name, progress))
         except UserError as error:
@@ -359,7 +360,3 @@ def _kept(drawn: Drawn) -> Kept:
 def _gallery(kept: list[Kept]) -> dict[str, Any]:
     shown = [(str(one.small), say("generate.in_history", **one.note)) for one in kept]
     return gr.update(value=shown, visible=True, selected_index=None)
-
-
-def _id(page: gr.Request) -> str:
-    return str(page.session_hash)

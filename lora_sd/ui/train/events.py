@@ -10,7 +10,7 @@ from gradio.components import Component
 
 from lora_sd.ui import fields
 from lora_sd.ui.bases import offered_bases, offered_vaes
-from lora_sd.ui.cancelling import Cancelling
+from lora_sd.ui.cancelling import Cancelling, page_of
 from lora_sd.ui.show import sentences_html, thumbs_html
 from lora_sd.ui.texts import say
 from lora_sd.ui.train import further
@@ -168,7 +168,7 @@ def _wire_plan(form: TrainForm, handlers: TrainHandlers, sent: Any) -> None:
     def press(
         data: dict[Component, Any], request: gr.Request, progress: gr.Progress = _PROGRESS
     ) -> str:
-        page = str(request.session_hash)
+        page = page_of(request)
         cancelling.begin(page)
 
         def wait(seconds: float) -> bool:
@@ -178,7 +178,7 @@ def _wire_plan(form: TrainForm, handlers: TrainHandlers, sent: Any) -> None:
         return plan_html(handlers.plan(sent(data), wait))
 
     def cancel(request: gr.Request) -> None:
-        cancelling.cancel(str(request.session_hash))
+        cancelling.cancel(page_of(request))
 
     form.make_plan.click(lambda: gr.update(visible=True), None, form.cancel_plan, **QUICK).then(
         press,

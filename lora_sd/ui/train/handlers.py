@@ -65,11 +65,6 @@ class Shown:
     problems: list[str] = field(default_factory=list)
     masks: int = 0
 
-    @property
-    def lacks_captions(self) -> bool:
-        """Whether a picture has no caption of its own."""
-        return any(not caption for _, caption in self.pairs)
-
 
 class TrainHandlers:
     """The form's handlers. A form is what its fields hold, by setting or by name in `OWN_PARTS`.

@@ -12,6 +12,7 @@ from PIL import Image
 from lora_sd.ui.adapters.offered import download_copy
 from lora_sd.ui.curves import Drawn, loss_curve, rate_curve, validation_curve
 from lora_sd.ui.queue import QueueState
+from lora_sd.ui.sample_parts import build_gallery, build_step_slider
 from lora_sd.ui.samples import Sample, shown_picture, slider
 from lora_sd.ui.show import sentences_html
 from lora_sd.ui.texts import say
@@ -88,21 +89,8 @@ def build_run_panel(handlers: RunHandlers, start: gr.Button) -> RunPanel:
     curve = gr.HTML(visible=False, elem_id="curve")
     curves = gr.HTML(visible=False, elem_id="curves")
     samples_title = gr.HTML(visible=False, elem_classes="part-title", elem_id="samples-title")
-    samples = gr.Gallery(
-        show_label=False,
-        columns=4,
-        height="auto",
-        format="webp",
-        buttons=["fullscreen"],
-        interactive=False,
-        visible=False,
-        elem_id="samples",
-        elem_classes="captioned",
-    )
-    sample_step = gr.Slider(
-        0, 1, 0, step=1, label=say("run.samples_of"), visible=False, elem_id="sample-step",
-        buttons=[],
-    )  # fmt: skip
+    samples = build_gallery("samples", columns=4)
+    sample_step = build_step_slider("sample-step")
     grid_title = gr.HTML(f"<h3>{say('run.grid')}</h3>", visible=False, elem_classes="part-title")
     grid = gr.Image(
         show_label=False,
