@@ -17,6 +17,7 @@ from lora_sd.errors import RunError
 from lora_sd.run_folder import RunFolder, Status
 from lora_sd.ui import launch
 from lora_sd.ui.launch import Trainer
+from lora_sd.ui.queue import RunQueue
 from lora_sd.ui.train import run_view
 from lora_sd.ui.train.run_view import read_run
 
@@ -370,9 +371,9 @@ def test_a_silent_trainer_is_named(trainer: Trainer) -> None:
 
 def test_names_are_free_and_never_a_folder_of_ours(trainer: Trainer) -> None:
     (trainer.outputs / "fox").mkdir(parents=True)
-    assert trainer.free_name("fox") == "fox-2"
-    assert trainer.free_name("datasets") == "datasets-2"
-    assert trainer.free_name("../ü") == "run"
+    assert RunQueue(trainer).free_name("fox") == "fox-2"
+    assert RunQueue(trainer).free_name("datasets") == "datasets-2"
+    assert RunQueue(trainer).free_name("../ü") == "run"
     for taken in ("fox", "datasets"):
         with pytest.raises(RunError, match="already"):
             trainer.start(config(trainer.outputs, taken))

@@ -11,8 +11,9 @@ from make_bases import published_shapes
 from lora_sd.config import Config, config_from_values, read_yaml
 from lora_sd.plan import make_plan
 from lora_sd.ui import fields
+from lora_sd.ui.families import CONFIGS
 from lora_sd.ui.train import recipes
-from lora_sd.ui.train.recipes import CARDS_GB, CONFIGS, Wish, follow, recipe
+from lora_sd.ui.train.recipes import CARDS_GB, Wish, follow, recipe
 
 TINY = Wish("style", "cpu", "tiny-sd", 24)
 WISHES = [

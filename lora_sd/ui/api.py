@@ -29,8 +29,8 @@ from lora_sd.run_folder import list_runs
 from lora_sd.ui.adapters.offered import download_copy, find_adapter, offered_adapters
 from lora_sd.ui.bases import find_base, find_vae
 from lora_sd.ui.data.pictures import find_folder, offered_folders
+from lora_sd.ui.families import CONFIGS
 from lora_sd.ui.generate.handlers import GenerateHandlers
-from lora_sd.ui.train.recipes import CONFIGS
 from lora_sd.ui.workplace import Workplace
 
 NAMES = ("train", "status", "generate", "download")

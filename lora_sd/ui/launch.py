@@ -323,10 +323,6 @@ class Trainer:
         if self.is_taken(name):
             raise RunError(say("trainer.name_taken", run=name))
 
-    def free_name(self, wish: str) -> str:
-        """A run name that is not taken: `wish`, or with a number."""
-        return next(name for name in names_like(wish) if not self.is_taken(name))
-
     def _refuse_second(self) -> None:
         if current := self.current():
             raise RunError(say("trainer.at_work", run=current))

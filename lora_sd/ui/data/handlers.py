@@ -15,10 +15,11 @@ from lora_sd.errors import DataError, UserError
 from lora_sd.ui.cancelling import Cancelling
 from lora_sd.ui.data import look, pictures
 from lora_sd.ui.data.bulk import KINDS, BulkEdit, tag_counts
-from lora_sd.ui.data.look import BASES, Captioned, Card
+from lora_sd.ui.data.look import Captioned, Card
 from lora_sd.ui.data.pictures import Cancelled, OnFile, PictureFolder
 from lora_sd.ui.data.report import Checked, check_folder
 from lora_sd.ui.data.saved import Deleted, SavedSets
+from lora_sd.ui.families import CONFIGS
 from lora_sd.ui.texts import say
 from lora_sd.ui.workplace import Workplace
 
@@ -108,7 +109,7 @@ class DataHandlers:
 
         Args:
             data_set: its id.
-            base: one of `look.BASES`, for crops and tokens.
+            base: one of `families.CONFIGS`, for crops and tokens.
             search: words in the name or caption.
             which: one of `FILTERS`.
         """
@@ -383,7 +384,7 @@ def _is_cut(one: Captioned, base: str) -> bool:
 
 
 def _base(base: object) -> str:
-    return base if isinstance(base, str) and base in BASES else "tiny-sd"
+    return base if isinstance(base, str) and base in CONFIGS else "tiny-sd"
 
 
 def _caption(text: object) -> str:

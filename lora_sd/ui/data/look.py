@@ -19,10 +19,8 @@ from lora_sd.data.images import UnreadableImage, read_image
 from lora_sd.data.listing import Listing, list_folder, stem_key
 from lora_sd.data.report.base_facts import BaseFacts, base_facts
 from lora_sd.data.report.measures import thumbnail
-from lora_sd.ui.launch import PROJECT
+from lora_sd.ui.families import CONFIGS
 
-BASES = {"tiny-sd": "tiny-sd", "sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
-"""What pictures can be looked at for, and its title; configs/ has the settings of each."""
 MOST_KEPT = 4000  # thumbnails, of 5 to 10 kB
 THREADS = min(os.cpu_count() or 1, 4)
 
@@ -79,9 +77,8 @@ class Card:
 
 @lru_cache
 def settings_for(base: str) -> Config:
-    """The settings of the config that is shipped for a base, one of `BASES`."""
-    name = "tiny" if base == "tiny-sd" else base
-    values = read_yaml(PROJECT / "configs" / f"{name}.yaml")
+    """The settings of the config that is shipped for a base, one of `families.CONFIGS`."""
+    values = read_yaml(CONFIGS[base])
     return config_from_values({**values, "base": {**values.get("base", {}), "model": base}})
 
 

@@ -12,7 +12,7 @@ import gradio as gr
 
 from lora_sd.ui.data.bulk import KINDS
 from lora_sd.ui.data.handlers import FILTERS
-from lora_sd.ui.data.look import BASES
+from lora_sd.ui.families import TITLES
 from lora_sd.ui.texts import say
 
 EDITOR = Path(__file__).with_name("editor.js")
@@ -151,7 +151,7 @@ def build_parts(answers: Sequence[Callable[[Any], Any]]) -> DataParts:
                     elem_id="data-which",
                 )
                 base = gr.Dropdown(
-                    [(title, name) for name, title in BASES.items()],
+                    [(title, name) for name, title in TITLES.items()],
                     value="tiny-sd",
                     label=say("data.base"),
                     scale=2,

@@ -15,6 +15,7 @@ from lora_sd.ui import fields
 from lora_sd.ui.bases import find_base, find_vae
 from lora_sd.ui.data import pictures
 from lora_sd.ui.data.pictures import PictureFolder
+from lora_sd.ui.families import CONFIGS, TITLES
 from lora_sd.ui.fields import FormError
 from lora_sd.ui.queue import Submitted
 from lora_sd.ui.texts import say
@@ -261,7 +262,7 @@ class TrainHandlers:
         except UserError as error:
             return None, error.problems
         family, guessed = recipes.family_of(model)
-        if family not in recipes.CONFIGS:
+        if family not in CONFIGS:
             return None, [say("train.recipe.unknown", model=model)]
         card, subject = form.get(CARD), form.get(SUBJECT)
         if (
@@ -269,7 +270,7 @@ class TrainHandlers:
         ):  # tiny-sd is the same on each: no need to look
             card = recipes.CPU if family == "tiny-sd" else recipes.own_card()
         wish = Wish(str(subject if subject in SUBJECTS else "style"), str(card), family, count)
-        title = recipes.TITLES[family]
+        title = TITLES[family]
         said = [say("train.recipe.guessed", model=model, title=title)] if guessed else []
         return wish, said
 

@@ -16,16 +16,9 @@ from lora_sd.config import config_from_values, read_yaml
 from lora_sd.data.report.base_facts import family_by_name
 from lora_sd.errors import ConfigError, UserError
 from lora_sd.ui import fields
-from lora_sd.ui.launch import PROJECT
+from lora_sd.ui.families import CONFIGS, TITLES
 from lora_sd.ui.texts import say
 
-CONFIGS = {
-    "tiny-sd": PROJECT / "configs" / "tiny.yaml",
-    "sd15": PROJECT / "configs" / "sd15.yaml",
-    "sd21": PROJECT / "configs" / "sd21.yaml",
-    "sdxl": PROJECT / "configs" / "sdxl.yaml",
-}
-TITLES = {"tiny-sd": "tiny-sd", "sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
 SHOWINGS = {"style": 170, "character": 170, "object": 130}
 """How often each picture is shown, by subject."""
 FEWEST_SHOWN, MOST_SHOWN = 1_500, 12_000  # pictures, in the whole run
