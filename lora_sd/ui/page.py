@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 from lora_sd.ui.adapters.events import wire_adapters_tab
 from lora_sd.ui.adapters.handlers import AdapterHandlers
@@ -26,6 +27,7 @@ from lora_sd.ui.workplace import Workplace
 
 CACHE_CLEANED_EVERY_S = 3600
 CACHE_KEPT_S = 24 * 3600
+WARM_UP_AFTER_S = 3  # of an open page: its own start comes first
 
 
 def build_page(
@@ -47,7 +49,7 @@ def build_page(
         analytics_enabled=False,
         delete_cache=(CACHE_CLEANED_EVERY_S, CACHE_KEPT_S),
     ) as page:
-        gr.HTML(
+        masthead = gr.HTML(
             f"<header>{LOGO}<div><h1>lora_sd</h1><p>{say('page.about')}</p></div></header>",
             elem_id="masthead",
         )
@@ -94,5 +96,23 @@ def build_page(
         page.load(**events.opened)
         page.load(**panel.refresh)
         page.unload(**events.left)
-        page.load(generating.warm_up, None, None, concurrency_id="pipeline", show_progress="hidden")
+        soon = gr.Timer(WARM_UP_AFTER_S)
+        soon.tick(lambda: gr.update(active=False), None, soon, show_progress="hidden").then(
+            generating.warm_up, None, None, concurrency_id="pipeline", show_progress="hidden"
+        )
+    _spare_hidden_progress(page, masthead)
     return page
+
+
+def _spare_hidden_progress(page: gr.Blocks, first: Component) -> None:
+    """Let what shows no progress show it nowhere.
+
+    At every event, Gradio's page writes the progress of every component that ever was the output of
+    one, and looks for each through the whole page: a second of the browser's time at the start.
+
+    Args:
+        first: of the page's components: it is found at once.
+    """
+    for fn in page.fns.values():
+        if fn.show_progress == "hidden":
+            fn.show_progress_on = [first]

@@ -78,7 +78,8 @@ def texts(language: str) -> dict[str, str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is there with libyaml alone
+    return dict(yaml.load(file.read_text(encoding="utf-8"), loader))
 
 
 def _flat(tree: dict[str, Any], before: str = "") -> list[tuple[str, str]]:

@@ -42,6 +42,7 @@ def wire_train_form(
     names = {part: name for name, part in parts.items()}
     everything = {*parts.values()}
     first = {name: part.value for name, part in parts.items()}
+    changed = gr.State({})  # what the kept form has otherwise than the page as it was built
 
     def sent(data: dict[Component, Any]) -> dict[str, Any]:
         return {names[part]: value for part, value in data.items() if part in names}
@@ -62,13 +63,14 @@ def wire_train_form(
 
     def load(kept: object, set_to: object) -> dict[Any, Any]:
         restored = handlers.restored(kept)
-        changed = {name: value for name, value in restored.items() if value != first[name]}
-        updates: dict[Any, Any] = {parts[name]: gr.update(value=changed[name]) for name in changed}
-        for name, offers in choices().items():
-            updates[parts[name]] = gr.update(choices=offers, value=restored.get(name, first[name]))
         whole = first | restored
+        offered = {
+            parts[name]: gr.update(choices=offers, value=whole[name])
+            for name, offers in choices().items()
+        }
         return {
-            **updates,
+            **offered,
+            changed: {name: value for name, value in restored.items() if value != first[name]},
             **look(whole["data.folder"], whole["data.masks"]),
             form.recipe_note: _list(handlers.follow(whole, set_to).reasons),
             form.totals: _hint(handlers.totals(whole)),
@@ -138,13 +140,22 @@ def wire_train_form(
         concurrency_limit=1,
         show_progress="hidden",
     ).then(**panel.refresh)
+    changed.change(
+        lambda values: {parts[name]: gr.update(value=value) for name, value in values.items()},
+        changed,
+        [*parts.values()],
+        **QUICK,
+    )
+    offers = [parts[name] for name in (*SETS, "base.model", "base.vae")]
     loaded = {
         "fn": load,
         "inputs": [form.kept, form.set_to],
-        "outputs": [*parts.values(), form.thumbs, form.mask_note, form.recipe_note, form.totals],
+        "outputs": [
+            *(*offers, changed),
+            *(form.thumbs, form.mask_note, form.recipe_note, form.totals),
+        ],
         **QUICK,
     }
-    offers = [parts[name] for name in (*SETS, "base.model", "base.vae")]
     return loaded, {"fn": open_tab, "inputs": None, "outputs": offers, **QUICK}
 
 

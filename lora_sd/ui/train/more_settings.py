@@ -36,7 +36,6 @@ FOLDS = {
 }  # fmt: skip
 """The folds in their order, with what stands in each; a setting that none names is in the one of
 its group, one of `data` in the first."""
-FIELD_MIN_PX = 180  # two in a row, but on a phone
 
 
 def folded_settings() -> dict[str, list[str]]:
@@ -51,15 +50,12 @@ def folded_settings() -> dict[str, list[str]]:
 
 
 def build_more_settings(add: Callable[..., None]) -> dict[str, gr.Accordion]:
-    """Every folded setting, two in a row; the fold of each."""
+    """Every folded setting; the fold of each."""
     found = {}
     for fold, names in folded_settings().items():
         title = say(f"train.fold.{fold}")
         with gr.Accordion(title, open=False, elem_id=f"more-{fold}") as accordion:
-            for pair in zip(names[::2], [*names[1::2], None], strict=False):
-                with gr.Row():
-                    for name in pair:
-                        if name:
-                            add(name, min_width=FIELD_MIN_PX)
-                            found[name] = accordion
+            for name in names:
+                add(name)
+                found[name] = accordion
     return found

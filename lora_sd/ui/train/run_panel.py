@@ -30,7 +30,8 @@ class RunPanel:
         run: its value is the run that is shown.
         said: HTML for what is to be said of a start.
         use, compare: buttons that lead to other tabs with that run.
-        refresh: arguments of the event that reads the run anew.
+        refresh: arguments of the event that looks whether anything is to be shown anew, which costs
+            the browser little.
     """
 
     run: gr.Dropdown
@@ -105,6 +106,7 @@ def build_run_panel(handlers: RunHandlers, start: gr.Button) -> RunPanel:
     with gr.Accordion(say("run.log"), open=False, visible=False, elem_id="log-fold") as log_fold:
         log = gr.HTML(elem_id="log")
     shown = gr.State({})
+    changed = gr.State(0)  # how often the run, or the queue, was seen to have changed
     chosen = gr.State(None)  # of the queue: Gradio refuses, with a toast, an entry that has gone
     wanted = gr.State((None, None))  # a run, and the step of it whose samples were chosen by hand
     parts: dict[str, Any] = {
@@ -117,27 +119,31 @@ def build_run_panel(handlers: RunHandlers, start: gr.Button) -> RunPanel:
         "log_fold": log_fold, "log": log, "start": start,
     }  # fmt: skip
 
-    def look(data: dict[Any, Any]) -> dict[Any, Any]:
-        before = data[shown]
+    def look(data: dict[Any, Any]) -> Look:
         of_run, step = data[wanted]
-        found = handlers.look(
-            data[run], step if of_run == data[run] else None, before.get("at_work")
-        )
-        updates, now = changes(handlers, found, before, data[chosen])
-        if now == before:
-            return gr.skip()
-        sent: dict[Any, Any] = {parts[name]: update for name, update in updates.items()}
-        sent[shown] = now
-        return sent
+        seen = data[shown].get("at_work")
+        return handlers.look(data[run], step if of_run == data[run] else None, seen)
 
+    def peek(data: dict[Any, Any]) -> Any:
+        found = stamps(handlers, look(data))
+        return gr.skip() if found == data[shown] else data[changed] + 1
+
+    def show(data: dict[Any, Any]) -> dict[Any, Any]:
+        updates, now = changes(handlers, look(data), data[shown], data[chosen])
+        return {**{parts[name]: update for name, update in updates.items()}, shown: now}
+
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
     refresh: dict[str, Any] = {
-        "fn": look,
-        "inputs": {run, shown, wanted, chosen},
-        "outputs": [*parts.values(), shown],
-        "queue": False,
-        "show_progress": "hidden",
-        "trigger_mode": "once",
-    }
+        "fn": peek, "inputs": {run, shown, wanted, changed}, "outputs": changed,
+        "trigger_mode": "once", **quick,
+    }  # fmt: skip
+    changed.change(
+        show,
+        {run, shown, wanted, chosen},
+        [*parts.values(), shown],
+        trigger_mode="always_last",
+        **quick,
+    )
     gr.Timer(LOOK_EVERY_S).tick(**refresh)
     run.input(**refresh)
     sample_step.input(
@@ -182,10 +188,7 @@ def changes(
     Args:
         chosen: the entry of the queue that is chosen on the page.
     """
-    now: dict[str, Any] = _queue_stamps(look.queue)
-    if look.view is not None:
-        now |= _stamps(handlers, look, look.view)
-    updates: dict[str, Any] = {}
+    now, updates = stamps(handlers, look), {}
     for name, stamp in now.items():
         if name in UNSEEN or before.get(name) == stamp:
             continue
@@ -203,11 +206,14 @@ def changes(
 UNSEEN = ("at_work", "newest_sample")  # kept for the next look alone
 
 
-def _stamps(handlers: RunHandlers, look: Look, view: RunView) -> dict[str, Any]:
+def stamps(handlers: RunHandlers, look: Look) -> dict[str, Any]:
     """What each part shows, short enough to compare and to keep for each open page."""
+    view, found = look.view, _queue_stamps(look.queue)
+    if view is None:
+        return found
     drawn = (view.name, view.course.step, view.steps)
     result = handlers.result(view.name)
-    return {
+    return found | {
         "at_work": look.at_work,
         "newest_sample": view.sample_steps[-1] if view.sample_steps else None,
         "run": (look.names, view.name, look.at_work),
