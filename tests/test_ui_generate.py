@@ -425,7 +425,8 @@ def test_pictures_drawn_beside_a_training_are_those_drawn_alone(
     trainer.start(config_from_values(run_settings))
     try:
         deadline = time.monotonic() + 120
-        while (status := trainer.open("busy").read_status()) is None or status.step < 2:
+        folder = RunFolder(handlers.outputs / "busy")
+        while (status := folder.read_status()) is None or status.step < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         beside = [after(handlers, seed=seed) for seed in range(10)]

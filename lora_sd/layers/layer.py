@@ -9,6 +9,7 @@ from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
 from lora_sd.adapter import LoRAWeights, delta_weight, in_file_precision, norms
+from lora_sd.layers.fused import adapted
 from lora_sd.layers.starts import INITS
 
 Adaptable = nn.Linear | nn.Conv2d | nn.Embedding
@@ -194,12 +195,25 @@ class LoRALayer(nn.Module):
             return self.base(x)
         if self.magnitude is not None:
             return self._decomposed(x, self.magnitude)
+        fused = self._fused(x)
+        if fused is not None:
+            return fused
         out = self.base(x)
         return out + self._low_rank(x, self._scale_for(x) * self.scaling).to(out.dtype)
 
     def update(self, x: Tensor) -> Tensor:
         """scaling * up(down(x)): what is added to the base's output at scale 1."""
         return self._low_rank(x, self.scaling)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The same by the fast path, or None where that does not hold."""
+        drops = self.training and (self.dropout or self.rank_dropout)
+        if drops or self.down_start is not None or isinstance(self.scale, Tensor):
+            return None
+        down, up = self.lora_down, self.lora_up
+        if up.bias is not None:
+            return None
+        return adapted(self.base, x, down.weight, up.weight, self.scale * self.scaling)
 
     def _low_rank(self, x: Tensor, factor: float | Tensor) -> Tensor:
         """factor * up(down(x)), with the dropouts of training."""

@@ -14,6 +14,7 @@ from lora_sd.ui.texts import say
 MOST_UPLOAD = "400mb"  # of one file: an SD 1.5 adapter of rank 128 over all layers, with room
 PASSWORD = "LORA_SD_PASSWORD"
 SHORTEST_PASSWORD = 8
+MOST_PAGES = 64  # whose state is kept, at more than 1 MB each; the longest unused goes first
 
 
 def read_password(file: Path | None) -> str | None:
@@ -126,6 +127,7 @@ def start(
         auth=password_check(password) if password is not None else None,
         auth_message=say("server.password"),
         max_file_size=MOST_UPLOAD,
+        state_session_capacity=MOST_PAGES,
         allowed_paths=[],
         share=False,
         enable_monitoring=False,
