@@ -97,8 +97,14 @@ def open_tab(page: Any, number: int) -> None:
 
 
 def keep(page: Any, file: Path) -> None:
-    shot = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    shot.crop((0, 0, shot.width, min(shot.height, TALLEST_PX))).save(file, "WEBP", quality=70)
+    """Keep what a window as high as the page shows: what sticks to its edges is where it belongs."""
+    size = dict(page.viewport_size)
+    height = page.evaluate("document.body.scrollHeight")
+    page.set_viewport_size({**size, "height": max(size["height"], min(height, TALLEST_PX))})
+    page.wait_for_timeout(500)
+    shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    page.set_viewport_size(size)
+    shot.save(file, "WEBP", quality=70)
 
 
 def pictures(address: str, folder: Path) -> list[str]:

@@ -42,7 +42,7 @@ def wire_train_form(
     names = {part: name for name, part in parts.items()}
     everything = {*parts.values()}
     first = {name: part.value for name, part in parts.items()}
-    changed = gr.State({})  # what the kept form has otherwise than the page as it was built
+    differing = gr.Number(0, visible=False)  # fields that the kept form has otherwise
 
     def sent(data: dict[Component, Any]) -> dict[str, Any]:
         return {names[part]: value for part, value in data.items() if part in names}
@@ -61,16 +61,23 @@ def wire_train_form(
     def open_tab() -> list[Any]:
         return [gr.update(choices=offers) for offers in choices().values()]
 
-    def load(kept: object, set_to: object) -> dict[Any, Any]:
+    def differences(kept: object) -> dict[str, Any]:
         restored = handlers.restored(kept)
-        whole = first | restored
+        return {name: value for name, value in restored.items() if value != first[name]}
+
+    def restore(kept: object) -> dict[Any, Any]:
+        return {parts[name]: gr.update(value=value) for name, value in differences(kept).items()}
+
+    def load(kept: object, set_to: object) -> dict[Any, Any]:
+        changed = differences(kept)
+        whole = first | changed
         offered = {
             parts[name]: gr.update(choices=offers, value=whole[name])
             for name, offers in choices().items()
         }
         return {
             **offered,
-            changed: {name: value for name, value in restored.items() if value != first[name]},
+            differing: len(changed),
             **look(whole["data.folder"], whole["data.masks"]),
             form.recipe_note: _list(handlers.follow(whole, set_to).reasons),
             form.totals: _hint(handlers.totals(whole)),
@@ -140,18 +147,13 @@ def wire_train_form(
         concurrency_limit=1,
         show_progress="hidden",
     ).then(**panel.refresh)
-    changed.change(
-        lambda values: {parts[name]: gr.update(value=value) for name, value in values.items()},
-        changed,
-        [*parts.values()],
-        **QUICK,
-    )
+    differing.change(restore, form.kept, [*parts.values()], **QUICK)
     offers = [parts[name] for name in (*SETS, "base.model", "base.vae")]
     loaded = {
         "fn": load,
         "inputs": [form.kept, form.set_to],
         "outputs": [
-            *(*offers, changed),
+            *(*offers, differing),
             *(form.thumbs, form.mask_note, form.recipe_note, form.totals),
         ],
         **QUICK,

@@ -106,7 +106,8 @@ def build_run_panel(handlers: RunHandlers, start: gr.Button) -> RunPanel:
     with gr.Accordion(say("run.log"), open=False, visible=False, elem_id="log-fold") as log_fold:
         log = gr.HTML(elem_id="log")
     shown = gr.State({})
-    changed = gr.State(0)  # how often the run, or the queue, was seen to have changed
+    # How often run or queue were seen to have changed. A State would tell of it through the queue.
+    changed = gr.Number(0, precision=0, visible=False)
     chosen = gr.State(None)  # of the queue: Gradio refuses, with a toast, an entry that has gone
     wanted = gr.State((None, None))  # a run, and the step of it whose samples were chosen by hand
     parts: dict[str, Any] = {
