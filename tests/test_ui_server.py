@@ -12,13 +12,14 @@ from lora_sd.ui.page import build_page
 from lora_sd.ui.queue import QueuedRun, RunQueue
 
 
-def test_the_page_is_built_without_torch() -> None:
+def test_the_page_is_built_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from lora_sd.ui.page import build_page; "
-        "build_page(pathlib.Path('no-such-outputs')); "
+        "build_page(pathlib.Path(sys.argv[1])); "
         "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "outputs")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
