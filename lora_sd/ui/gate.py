@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,22 @@ class Gate:
         host: the address that is listened on.
         cache: Gradio's folder, where uploads go.
         locked: whether a password was set; Gradio's own login gives the cookie.
+        ready: what posts wait for; the page itself is served before.
     """
 
-    def __init__(self, app: Any, host: str, cache: Path, locked: bool = False) -> None:
+    def __init__(
+        self,
+        app: Any,
+        host: str,
+        cache: Path,
+        locked: bool = False,
+        ready: threading.Event | None = None,
+    ) -> None:
         self._app = app
         self._names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower(), host}
         self._cache = cache
         self._locked = locked
+        self._ready = ready
         self._arriving = 0  # bytes of uploads under way
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -88,6 +98,8 @@ class Gate:
             limits = {"most": shown_size(MOST_BODY), "cache": shown_size(MOST_CACHE)}
             await PlainTextResponse(say(key, **limits), status)(scope, receive, send)
             return
+        while self._ready and request.method == "POST" and not self._ready.is_set():
+            await asyncio.sleep(0.02)
 
         async def send_guarded(message: Any) -> None:
             if message["type"] == "http.response.start":

@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,6 @@ def start(
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # not /tmp, which others can read
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "0"
 
-    # It puts another module in its own place: a thread that imports it meanwhile fails.
-    import transformers  # noqa: F401
     from starlette.middleware import Middleware
 
     from lora_sd.ui.api import keep_private
@@ -120,7 +119,8 @@ def start(
     page = build_page(outputs, pictures, models)
     keep_private(page)
     page.queue(api_open=False, default_concurrency_limit=1, max_size=32)
-    gate = Middleware(Gate, host=host, cache=cache, locked=password is not None)
+    ready = threading.Event()
+    gate = Middleware(Gate, host=host, cache=cache, locked=password is not None, ready=ready)
     page.launch(
         server_name=host,
         server_port=port,
@@ -143,7 +143,17 @@ def start(
         app_kwargs={"middleware": [gate]},
         **launch_options(),
     )
+    threading.Thread(target=_import_the_rest, args=(ready,)).start()
     return page
+
+
+def _import_the_rest(ready: threading.Event) -> None:
+    """What no handler may be the first to import: transformers puts another module in its own
+    place, and a thread that imports it meanwhile fails."""
+    try:
+        import transformers  # noqa: F401
+    finally:
+        ready.set()
 
 
 def _is_loopback(host: str) -> bool:
