@@ -1,8 +1,8 @@
 # make demo: train on the example pictures and see what it does.   make test: the tests.
-# make screenshots: docs/screenshots anew.
+# make screenshots: docs/screenshots anew.   make bench: what a step, a run and a picture cost.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo screenshots test test-slow torture check format
+.PHONY: bench demo screenshots test test-slow torture check format
 
 demo: .venv/installed
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
@@ -11,6 +11,10 @@ demo: .venv/installed
 
 screenshots: .venv/installed-dev
 	$(BIN)/python -m tools.screenshots
+
+# BENCH='--only step-tiny --json FILE' chooses parts; python -m tools.bench --help tells all.
+bench: .venv/installed-dev
+	$(BIN)/python -m tools.bench $(BENCH)
 
 # Those that look at the clock by themselves, the others in two processes.
 TIMED := tests/test_app_browser.py tests/test_families.py
