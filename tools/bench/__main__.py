@@ -51,8 +51,8 @@ class Size:
     pictures: int
 
 
-FULL = Size(rounds=30, slow_rounds=4, runs=3, run_steps=100, pictures=32)
-QUICK = Size(rounds=10, slow_rounds=2, runs=1, run_steps=50, pictures=16)
+FULL = Size(rounds=20, slow_rounds=3, runs=2, run_steps=100, pictures=32)
+QUICK = Size(rounds=8, slow_rounds=2, runs=1, run_steps=50, pictures=16)
 REHEARSAL = Size(rounds=3, slow_rounds=3, runs=1, run_steps=3, pictures=4)
 
 
@@ -111,11 +111,12 @@ def case_rows(case: Case, size: Size, memory: bool = True) -> list[Row]:
         rows = step_rows(case, measure("step", case, rounds=rounds))
         if memory:
             # Memory is not time: two at once.
+            trainers = [side for side in SIDES if side != "limit"]
             with ThreadPoolExecutor(2) as pool:
                 peaks = pool.map(
-                    lambda side: measure("peak", case, ENVIRONMENT, side_name=side), SIDES
+                    lambda side: measure("peak", case, ENVIRONMENT, side_name=side), trainers
                 )
-                rows += memory_rows(case, dict(zip(SIDES, peaks, strict=True)))
+                rows += memory_rows(case, dict(zip(trainers, peaks, strict=True)))
     except BenchError as error:
         return [Row(f"step, {case.name}", "failed", None, note=str(error))]
     return rows
@@ -125,7 +126,11 @@ def cpu_rows(unet: str) -> Callable[[Size, argparse.Namespace], list[Row]]:
     """The step on the CPU with one UNet."""
 
     def rows(size: Size, options: argparse.Namespace) -> list[Row]:
-        found = [case for case in cases.cpu_cases() if case.unet == unet]
+        found = [
+            case
+            for case in cases.cpu_cases()
+            if case.unet == unet and options.preset in (None, case.preset)
+        ]
         if options.rehearse:
             found = [cases.miniature_case("attention-conv")] if unet == cases.EMBEDDED else []
         return [row for case in found for row in case_rows(case, size, options.memory)]
@@ -160,7 +165,7 @@ def run_rows(size: Size, options: argparse.Namespace) -> list[Row]:
 def generation_rows(size: Size, options: argparse.Namespace) -> list[Row]:
     """Drawing."""
     case = cases.miniature_case() if options.rehearse else None
-    rows = generation.measure_pictures(size.rounds if not options.rehearse else 1, steps=8)
+    rows = generation.measure_pictures(1 if options.rehearse else size.rounds // 2)
     return rows + generation.measure_passes(size.slow_rounds, case)
 
 
@@ -185,6 +190,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the parts that are asked for; 1 where one failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {', '.join(PARTS)}")
+    parser.add_argument("--preset", choices=cases.PRESETS, help="of the steps on the CPU")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument(
         "--rehearse", action="store_true", help="try it all on miniatures; figures mean nothing"

@@ -20,7 +20,7 @@ STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Of the process, for glibc: blocks from 64 KiB go back to the system when they are freed."""
-STEPS = 3
+STEPS = 2  # the optimizer's states come with the first
 MIB = 2**20
 
 

@@ -65,7 +65,9 @@ def measure_step(case: Case, rounds: int) -> dict[str, Any]:
         side.learn()
         return between - began, now(case.device) - began
 
-    turns = take_turns({name: partial(turn, side) for name, side in sides.items()}, rounds)
+    turns = take_turns(
+        {name: partial(turn, side) for name, side in sides.items()}, rounds, warm_up=0
+    )
     for side in sides.values():
         _check_moved(side)
     return {
