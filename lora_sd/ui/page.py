@@ -97,9 +97,12 @@ def build_page(
         page.load(**panel.refresh)
         page.unload(**events.left)
         soon = gr.Timer(WARM_UP_AFTER_S)
-        soon.tick(lambda: gr.update(active=False), None, soon, show_progress="hidden").then(
-            generating.warm_up, None, None, concurrency_id="pipeline", show_progress="hidden"
-        )
+
+        def warm_up() -> dict[str, Any]:
+            generating.warm_up()
+            return gr.update(active=False)
+
+        soon.tick(warm_up, None, soon, queue=False, show_progress="hidden")
     _spare_hidden_progress(page, masthead)
     return page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +188,8 @@ class GenerateHandlers:
         return pictures.restore(note, self.find)
 
     def warm_up(self) -> None:
-        """Import the slow libraries before they are needed; no model takes memory yet."""
-        import lora_sd.formats
-        import lora_sd.generate  # noqa: F401
+        """Import the slow libraries before they are needed, in a thread of their own."""
+        threading.Thread(target=self.studio.warm_up, daemon=True).start()
 
     def make_room(self) -> None:
         """Give the GPU's memory back, for a training that begins; drawing loads it again."""

@@ -91,6 +91,12 @@ class Studio:
             self._forget_old()
         return found
 
+    def warm_up(self) -> None:
+        """Import what drawing needs; no model takes memory yet."""
+        with self._lock:  # diffusers must not be imported by two threads at once
+            import lora_sd.formats
+            import lora_sd.generate  # noqa: F401
+
     def make_room(self) -> None:
         """Give the GPU's memory back, for a training that begins; drawing loads it again."""
         loaded = self._loaded
