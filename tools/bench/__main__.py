@@ -19,7 +19,7 @@ from tools.bench.machine import describe_machine, load_average
 from tools.bench.memory import ENVIRONMENT
 from tools.bench.processes import measure
 from tools.bench.rounds import Spread, ratios
-from tools.bench.sides import SIDES
+from tools.bench.sides import PEERS
 from tools.bench.table import Row, Target, table
 
 STEP_TARGETS = {
@@ -31,7 +31,6 @@ STEP_TARGETS = {
 """Our step / the limit on the CPU, at most (issue 7)."""
 GPU_TARGETS = {"attention": 1.10, "attention-conv": 1.15}
 COMPILED_TARGET = 1.05
-PEERS = ("PEFT", "LyCORIS")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Size:
     pictures: int
 
 
-FULL = Size(rounds=20, slow_rounds=3, runs=2, run_steps=100, pictures=32)
+FULL = Size(rounds=20, slow_rounds=3, runs=2, run_steps=80, pictures=32)
 QUICK = Size(rounds=8, slow_rounds=2, runs=1, run_steps=50, pictures=16)
 REHEARSAL = Size(rounds=3, slow_rounds=3, runs=1, run_steps=3, pictures=4)
 
@@ -111,7 +110,7 @@ def case_rows(case: Case, size: Size, memory: bool = True) -> list[Row]:
         rows = step_rows(case, measure("step", case, rounds=rounds))
         if memory:
             # Memory is not time: two at once.
-            trainers = [side for side in SIDES if side != "limit"]
+            trainers = ("ours", "PEFT")
             with ThreadPoolExecutor(2) as pool:
                 peaks = pool.map(
                     lambda side: measure("peak", case, ENVIRONMENT, side_name=side), trainers
@@ -166,7 +165,7 @@ def generation_rows(size: Size, options: argparse.Namespace) -> list[Row]:
     """Drawing."""
     case = cases.miniature_case() if options.rehearse else None
     rows = generation.measure_pictures(1 if options.rehearse else size.rounds // 2)
-    return rows + generation.measure_passes(size.slow_rounds, case)
+    return rows + generation.measure_passes(2 * size.slow_rounds, case)
 
 
 def file_rows(size: Size, options: argparse.Namespace) -> list[Row]:

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -34,8 +34,8 @@ class Spread:
 
 
 def ratios(mine: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """How many times what theirs took mine took, in the same rounds."""
-    return Spread.of([one / other for one, other in zip(mine, theirs, strict=True)])
+    """How many times what theirs took mine took, in the rounds that both have."""
+    return Spread.of([one / other for one, other in zip(mine, theirs, strict=False)])
 
 
 def now(device: str) -> float:
@@ -47,7 +47,10 @@ def now(device: str) -> float:
 
 
 def take_turns(
-    sides: Mapping[str, Callable[[], Given]], rounds: int, warm_up: int = 1
+    sides: Mapping[str, Callable[[], Given]],
+    rounds: int,
+    warm_up: int = 1,
+    once: Collection[str] = (),
 ) -> dict[str, list[Given]]:
     """What each side gives in each round; who begins a round ends the next.
 
@@ -56,6 +59,7 @@ def take_turns(
     Args:
         sides: by name, what a turn is.
         warm_up: rounds beforehand, for nothing.
+        once: those that take part in the first round alone.
     """
     given: dict[str, list[Given]] = {name: [] for name in sides}
     names = list(sides)
@@ -64,6 +68,8 @@ def take_turns(
         for number in range(-warm_up, rounds):
             gc.collect()
             for name in names:
+                if number > 0 and name in once:
+                    continue
                 value = sides[name]()
                 if number >= 0:
                     given[name].append(value)

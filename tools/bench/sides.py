@@ -130,6 +130,7 @@ def lycoris(unet: UNet2DConditionModel, inputs: Inputs, case: Case) -> Side:
 
 
 SIDES = {"limit": limit, "ours": ours, "PEFT": peft, "LyCORIS": lycoris}
+PEERS = ("PEFT", "LyCORIS")
 
 
 def make_side(name: str, unet: UNet2DConditionModel, inputs: Inputs, case: Case) -> Side:
