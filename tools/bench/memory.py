@@ -36,13 +36,13 @@ def measure_peak(case: Case, side_name: str) -> dict[str, Any]:
     warm.pull()
     del warm
     gc.collect()
+    weights = sum(weight.numel() * weight.itemsize for weight in unet.parameters())
     before = _now(case.device)
     side = make_side(side_name, unet, inputs, case)
     for _ in range(STEPS):
         side.pull()
         side.learn()
     peak = _peak(case.device)
-    weights = sum(weight.numel() * weight.itemsize for weight in unet.parameters())
     known = before is not None and peak is not None
     return {
         "beyond_mib": (peak - before) / MIB if known else None,  # type: ignore[operator]
