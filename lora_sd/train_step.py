@@ -75,9 +75,9 @@ class TrainStep:
         """
         accelerator, device = self.accelerator, self.accelerator.device
         world, rank = accelerator.num_processes, accelerator.process_index
-        self.base.unet.train()
+        _set_mode(self.base.unet, True)
         for encoder in self.base.text_encoders:
-            encoder.train(self.trains_text)
+            _set_mode(encoder, self.trains_text)
         total = torch.zeros((), device=device)
         seen: list[tuple[list[str], Tensor]] = []
         batches = self.data.batches(step, self.batch_size, world, rank)
@@ -108,3 +108,9 @@ class TrainStep:
             if not torch.isfinite(torch.tensor(error))
         ]
         return loss_value, bad
+
+
+def _set_mode(model: nn.Module, training: bool) -> None:
+    """Put a model into training mode or out of it; where it is, that would visit every module."""
+    if model.training != training:
+        model.train(training)
