@@ -295,7 +295,7 @@ def test_pictures_are_encoded_as_the_vae_has_them(base):
     assert mean.shape == (2, 4, 8, 8)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_fingerprints_are_the_same_each_time_and_change_with_late_weights(bases, kind):
     """One number of a tensor is enough where the cache goes by them; half of one, of the UNet."""
 

@@ -41,7 +41,13 @@ def metadata_of(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW_KINDS = ("rs", "up-bias", "own ranks")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW_KINDS)) for kind in KINDS],
+)
 def test_it_learns_and_a_resumed_run_is_the_same_run(run_settings, monkeypatch, base, kind):
     run_settings["adapter"] |= KINDS[kind]
     run_settings["train"]["gradient_accumulation"] = 2

@@ -65,7 +65,7 @@ class Client:
         raise AssertionError("no answer")
 
 
-@pytest.mark.parametrize("requests", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_each_client_gets_its_own_picture(
     requests: int,
     tmp_path: Path,
