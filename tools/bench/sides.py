@@ -3,7 +3,7 @@
 A LoRA step cannot be cheaper than the limit: the frozen UNet's forward pass and its backward pass
 with respect to activations. PEFT comes in as in diffusers' example script, through the UNet's
 `add_adapter`, and LyCORIS as its LoCon module is by default. All train the same layers at the same
-rank, in float32, with AdamW.
+rank, in float32, with AdamW; without weight decay, so that a weight that moves has had a gradient.
 """
 
 import copy
@@ -95,7 +95,7 @@ def ours(unet: UNet2DConditionModel, inputs: Inputs, case: Case) -> Side:
             "text_encoder_rates": {},
             "block_learning_rates": [],
             "lora_plus_ratio": 1.0,
-            "weight_decay": 0.01,
+            "weight_decay": 0.0,
         },
         schedule={"name": "constant", "warmup_steps": 0},
         max_grad_norm=1.0,
@@ -171,7 +171,7 @@ def _plain_trainer(
     learning: Sequence[nn.Parameter],
 ) -> Side:
     """PyTorch's AdamW as the example script makes it, and autocast where weights are in 16 bits."""
-    optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=0.0)
 
     def learn() -> None:
         optimizer.step()
