@@ -97,7 +97,7 @@ def open_tab(page: Any, number: int) -> None:
 
 
 def keep(page: Any, file: Path) -> None:
-    """Keep what a window as high as the page shows: what sticks to its edges is where it belongs."""
+    """Keep what a window as high as the page shows; what sticks to its edges stays there."""
     size = dict(page.viewport_size)
     height = page.evaluate("document.body.scrollHeight")
     page.set_viewport_size({**size, "height": max(size["height"], min(height, TALLEST_PX))})
