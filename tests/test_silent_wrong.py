@@ -60,7 +60,8 @@ def test_a_trained_file_does_in_a_fresh_pipeline_what_it_does_here_c6(
     fresh.load_lora_weights(str(file.parent), weight_name=file.name)
     theirs = drawn(fresh)
     assert float((ours - plain).abs().max()) > 1e-3
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    # Latents of up to 57: other orders of adding up differ by 3e-5 to 6e-5, in ten runs.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * float(ours.abs().max()))
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 128])

@@ -41,7 +41,7 @@ def metadata_of(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-SLOW_KINDS = ("rs", "up-bias", "own ranks")
+SLOW_KINDS = ("rs", "up-bias", "own ranks", "tokens", "dora by input")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def launch(processes, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(
     run_settings, image_folder, tmp_path
 ):
