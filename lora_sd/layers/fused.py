@@ -37,24 +37,27 @@ def adapted(base: Any, x: Tensor, down: Tensor, up: Tensor, factor: float) -> Te
     There is one for plain linear layers and convolutions without groups, which do no more than
     their own forward, where all is in one precision or in autocast's.
     """
-    dtype = common_precision(x, base.weight, down, up) if is_plain(base) else None
+    if not is_plain(base):
+        return None
+    weight, bias = base.weight, base.bias
+    dtype = common_precision(x, weight, down, up)
     if dtype is None:
         return None
-    is_linear = isinstance(base, nn.Linear)
-    if pays_by_weight(x, base.weight, down, up, dtype):
-        flat = torch.addmm(base.weight.flatten(1), up.flatten(1), down.flatten(1), alpha=factor)
-        weight = flat.view_as(base.weight)
+    is_linear = type(base) is nn.Linear
+    if pays_by_weight(x, weight, down, up, dtype):
+        whole = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=factor)
         if is_linear:
-            return F.linear(x, weight, base.bias)
-        out: Tensor = base._conv_forward(x, weight, base.bias)
+            return F.linear(x, whole, bias)
+        out: Tensor = base._conv_forward(x, whole.view_as(weight), bias)
         return out
-    x, up = x.to(dtype), up.to(dtype)
+    if not x.dtype == up.dtype == dtype:
+        x, up = x.to(dtype), up.to(dtype)
     if is_linear:
         rows = x.reshape(-1, x.shape[-1])
-        out = F.linear(rows, base.weight, base.bias)
+        out = F.linear(rows, weight, bias)
         return out.addmm_(F.linear(rows, down), up.T, alpha=factor).view(*x.shape[:-1], -1)
     hidden = base._conv_forward(x, down, None)
-    out = base._conv_forward(x, base.weight, base.bias)
+    out = base._conv_forward(x, weight, bias)
     return out.add_(F.conv2d(hidden, up if factor == 1 else up * factor))
 
 
@@ -65,20 +68,20 @@ def is_plain(base: Any) -> bool:
     return type(base) is nn.Linear or type(base) is nn.Conv2d and base.groups == 1
 
 
-def common_precision(x: Tensor, *weights: Tensor) -> torch.dtype | None:
+def common_precision(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> torch.dtype | None:
     """What a layer computes in, or None where several precisions meet."""
-    given = {x.dtype, *(weight.dtype for weight in weights)}
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        narrow = torch.get_autocast_dtype(device)
-        return narrow if given <= {narrow, torch.float32} else None
-    return x.dtype if len(given) == 1 else None
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x.dtype if x.dtype == weight.dtype == down.dtype == up.dtype else None
+    narrow = torch.get_autocast_dtype(device)
+    given = {x.dtype, weight.dtype, down.dtype, up.dtype}
+    return narrow if given <= {narrow, torch.float32} else None
 
 
 def pays_by_weight(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) -> bool:
     """Whether the update is better added to the weight than to the output."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and dtype in (torch.float32, torch.float64)
         and weight.numel() < x.numel()
         and weight.numel() <= BREAK_EVEN * (down.numel() + up.numel())

@@ -101,6 +101,7 @@ class LoRALayer(nn.Module):
         self.register_buffer("up_start", None, persistent=False)
         self.register_parameter("magnitude", None)
         self._kept: tuple[Tensor, Tensor | None] | None = None
+        self._is_special = up_bias or init == PISSA  # the update is more than the two factors'
         if not rank:
             return
         weight = innermost(base).weight
@@ -208,12 +209,10 @@ class LoRALayer(nn.Module):
     def _fused(self, x: Tensor) -> Tensor | None:
         """The same by the fast path, or None where that does not hold."""
         drops = self.training and (self.dropout or self.rank_dropout)
-        if drops or self.down_start is not None or isinstance(self.scale, Tensor):
+        if drops or self._is_special or isinstance(self.scale, Tensor):
             return None
-        down, up = self.lora_down, self.lora_up
-        if up.bias is not None:
-            return None
-        return adapted(self.base, x, down.weight, up.weight, self.scale * self.scaling)
+        down, up = self.lora_down.weight, self.lora_up.weight
+        return adapted(self.base, x, down, up, self.scale * self.scaling)
 
     def _low_rank(self, x: Tensor, factor: float | Tensor) -> Tensor:
         """factor * up(down(x)), with the dropouts of training."""
