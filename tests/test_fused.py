@@ -155,20 +155,33 @@ def test_a_base_with_a_hook_is_called():
     torch.testing.assert_close(layer(x) - without, 2 * nn.Linear.forward(layer.base, x))
 
 
-def test_the_choice_is_by_shape_and_by_weight_is_for_full_precision_on_the_cpu():
-    def pays(weight: tuple[int, ...], rank: int, x: tuple[int, ...], **options) -> bool:
-        weight, x = torch.empty(weight, device="meta"), torch.empty(x, **options)
-        down = torch.empty(rank, *weight.shape[1:], device="meta")
-        up = torch.empty(len(weight), rank, device="meta")
-        return fused.pays_by_weight(x, weight, down, up, x.dtype)
+def pays(
+    weight: tuple[int, ...], rank: int, x: tuple[int, ...], learns: bool = True, **options
+) -> bool:
+    """The choice by shapes alone."""
+    empty, x = torch.empty(weight, device="meta"), torch.empty(x, **options)
+    down = torch.empty(rank, *weight[1:], device="meta", requires_grad=learns)
+    up = torch.empty(weight[0], rank, device="meta", requires_grad=learns)
+    return fused.pays_by_weight(x, empty, down, up, x.dtype)
 
-    assert pays((48, 48), 8, (8, 256, 48))
-    assert pays((48, 48, 3, 3), 8, (8, 48, 16, 16))
-    assert not pays((48, 48), 8, (8, 256, 48), dtype=torch.bfloat16)
-    assert not pays((48, 48), 8, (8, 256, 48), device="meta")
-    assert not pays((48, 48), 8, (1, 2, 48))  # few places
-    assert not pays((320, 320), 16, (1, 1024, 320))  # wide
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_by_weight_is_for_few_channels_in_full_precision_on_the_cpu(learns):
+    assert pays((48, 48), 8, (8, 256, 48), learns)
+    assert pays((48, 48, 3, 3), 8, (8, 48, 16, 16), learns)
+    assert not pays((48, 48), 8, (8, 256, 48), learns, dtype=torch.bfloat16)
+    assert not pays((48, 48), 8, (8, 256, 48), learns, device="meta")
+    assert not pays((48, 48), 8, (1, 2, 48), learns)  # few places
+    assert not pays((1280, 1280), 16, (1, 64, 1280), learns)  # wide
+
+
+def test_without_gradients_by_weight_is_for_all_with_many_places():
+    assert not pays((320, 320), 16, (1, 1024, 320))
     assert not pays((144, 144, 3, 3), 8, (8, 144, 8, 8))
+    assert pays((320, 320), 16, (1, 1024, 320), learns=False)
+    assert pays((144, 144, 3, 3), 8, (8, 144, 8, 8), learns=False)
+    with torch.no_grad():
+        assert pays((320, 320), 16, (1, 1024, 320))
 
 
 def test_fifty_steps_of_a_unet_and_a_scale_of_0_midway():

@@ -10,12 +10,11 @@ and a convolution the same, with `*` for the products with W and D, as U is 1 x 
 by rank    as on the left. The update is added into the base's output in place, and the factor s
            goes into that same operation, or into U, which is small. The update costs 3 r (in + out)
            multiplications a place, forward and backward, in thin matrices.
-by weight  as on the right: in + out passes over activations less, but autograd finds the factors'
-           gradients by way of W's, which is in * out multiplications a place. A number in a weight
-           of `BREAK_EVEN` times the factors' size costs as much either way: thin products run at
-           half the speed. So it is for few channels, and for more places than the weight is large;
-           and on the CPU in full precision alone, since W + s U D in bfloat16, or in a GPU's TF32,
-           would round most of the update away.
+by weight  as on the right: r in out multiplications, whatever the number of places. But autograd
+           finds the factors' gradients by way of W's, which is in * out multiplications a place. So
+           it is for layers of few channels where there are gradients, and for all with many places
+           where there are none (`pays_by_weight`); and on the CPU in full precision alone, since
+           W + s U D in bfloat16, or in a GPU's TF32, would round most of the update away.
 
 Both ways a fresh layer, U = 0, returns the base's output to the last bit: W + 0 = W, y + 0 = y.
 Outputs and gradients are the plain path's but for rounding; `LoRALayer.forward` is the plain path.
@@ -27,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BREAK_EVEN = 6
-"""Measured on one CPU core at ranks 8 and 16, with the UNets of the embedded base and of SD 1.5."""
+LEARNING_BREAK_EVEN = 6
+DRAWING_BREAK_EVEN = 1.5
+"""Measured on one CPU core at ranks 4 to 16, with the UNets of the embedded base and of SD 1.5."""
 
 
 def adapted(base: Any, x: Tensor, down: Tensor, up: Tensor, factor: float) -> Tensor | None:
@@ -79,10 +79,16 @@ def common_precision(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> tor
 
 
 def pays_by_weight(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the update is better added to the weight than to the output."""
-    return (
-        x.is_cpu
-        and dtype in (torch.float32, torch.float64)
-        and weight.numel() < x.numel()
-        and weight.numel() <= BREAK_EVEN * (down.numel() + up.numel())
-    )
+    """Whether the update is better added to the weight than to the output.
+
+    Where the factors learn: where the weight is no more than `LEARNING_BREAK_EVEN` times as large
+    as they are (thin products run at half the speed), and smaller than the input. Where they do
+    not: where by rank takes `DRAWING_BREAK_EVEN` times the multiplications.
+    """
+    if not x.is_cpu or dtype not in (torch.float32, torch.float64):
+        return False
+    factors, size = down.numel() + up.numel(), weight.numel()
+    if torch.is_grad_enabled() and (down.requires_grad or up.requires_grad):
+        return size < x.numel() and size <= LEARNING_BREAK_EVEN * factors
+    places = x.numel() / weight.shape[1]
+    return DRAWING_BREAK_EVEN * size * len(down) <= places * factors
