@@ -21,6 +21,7 @@ from tools.bench.processes import measure
 from tools.bench.rounds import Spread, ratios
 from tools.bench.sides import PEERS
 from tools.bench.table import Row, Target, table
+from tools.bench.whole_run import Work
 
 STEP_TARGETS = {
     ("sd15", "attention"): 1.03,
@@ -160,8 +161,18 @@ def gpu_rows(size: Size, options: argparse.Namespace) -> list[Row]:
 
 def run_rows(size: Size, options: argparse.Namespace) -> list[Row]:
     """Whole runs."""
-    script, python = options.example_script, options.example_python
-    return whole_run.measure_runs(size.run_steps, size.runs, script, python)
+    given = {
+        "base": options.run_base and options.run_base.resolve(),
+        "px": options.run_px,
+        "batch": options.run_batch,
+        "example_script": options.example_script,
+        "example_python": options.example_python,
+    }
+    work = Work(
+        options.run_steps or size.run_steps,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return whole_run.measure_runs(work, size.runs)
 
 
 def generation_rows(size: Size, options: argparse.Namespace) -> list[Row]:
@@ -207,6 +218,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--example-python", type=Path, help="an interpreter with the packages that it wants"
     )
+    parser.add_argument("--run-base", type=Path, help="another base's folder, for the whole runs")
+    for name in ("px", "batch", "steps"):
+        parser.add_argument(f"--run-{name}", type=int, help="of the whole runs")
     options = parser.parse_args(argv)
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(PARTS):

@@ -1,10 +1,11 @@
 """Whole runs, from the start of a process to the adapter's file: our trainer and diffusers' example
 script (examples/text_to_image/train_text_to_image_lora.py) on the same work.
 
-Both teach the embedded base the example pictures at 64 px: attention layers at rank 16, the same
-number of steps and batch, AdamW at a constant rate, no samples, no validation, no checkpoint before
-the end, and nothing cached from before. Each starts anew in a folder of its own. The script is not
-part of this project, and its interpreter may be another one, that has the packages it wants.
+Both teach a base the example pictures, the embedded base at 64 px unless told: attention layers at
+rank 16, the same number of steps and batch, AdamW at a constant rate, no samples, no validation, no
+checkpoint before the end, and nothing cached from before. Each starts anew in a folder of its own.
+The script is not part of this project; its interpreter may be another one, with the packages that
+it wants.
 """
 
 import json
@@ -25,10 +26,26 @@ from tools.bench.rounds import Spread, ratios
 from tools.bench.table import Row, Target
 
 PICTURES = PROJECT / "assets" / "ink-icons"
-BATCH = 8
-RESOLUTION_PX = 64
-PART = f"whole run, embedded base, batch {BATCH}"
 LOOK_EVERY_S = 0.005
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is taught.
+
+    Attributes:
+        base: a base model's folder.
+        px: side of the square pictures.
+        example_script: diffusers' script to run against, with an interpreter that has the packages
+            it wants; None: our own is measured alone.
+    """
+
+    steps: int
+    base: Path = PROJECT / "assets" / "tiny-sd"
+    px: int = 64
+    batch: int = 8
+    example_script: Path | None = None
+    example_python: Path = Path(sys.executable)
 
 
 @dataclass(frozen=True)
@@ -40,64 +57,60 @@ class Run:
     first_step_s: float = 0.0
 
 
-def measure_runs(
-    steps: int, rounds: int, script: Path | None = None, python: Path | None = None
-) -> list[Row]:
-    """Rows on whole runs; without a script, on our own alone."""
+def measure_runs(work: Work, rounds: int) -> list[Row]:
+    """Rows on whole runs."""
+    part = f"whole run, {work.base.name} at {work.px} px, batch {work.batch}"
     runs: dict[str, list[Run]] = {"ours": [], "example": []}
     for number in range(rounds):
-        sides = ["ours", "example"] if script is not None else ["ours"]
+        sides = ["ours", "example"] if work.example_script is not None else ["ours"]
         for side in sides if number % 2 == 0 else reversed(sides):
             with tempfile.TemporaryDirectory() as folder:
-                runs[side].append(
-                    _ours(Path(folder), steps)
-                    if side == "ours"
-                    else _example(Path(folder), steps, script, python or Path(sys.executable))
-                )
+                one = _ours if side == "ours" else _example
+                runs[side].append(one(Path(folder), work))
     ours, example = runs["ours"], runs["example"]
-    pictures = steps * BATCH
+    pictures = work.steps * work.batch
 
     def speed(some: Sequence[Run]) -> Spread:
         return Spread.of([pictures / run.wall_s for run in some])
 
     rows = [
-        Row(PART, f"ours, {steps} steps, everything included", speed(ours), "images/s"),
-        Row(PART, "ours, start to first step", Spread.of([r.first_step_s for r in ours]), "s"),
-        Row(PART, "ours, processor time", Spread.of([run.processor_s for run in ours]), "s"),
+        Row(part, f"ours, {work.steps} steps, everything included", speed(ours), "images/s"),
+        Row(part, "ours, start to first step", Spread.of([r.first_step_s for r in ours]), "s"),
+        Row(part, "ours, processor time", Spread.of([run.processor_s for run in ours]), "s"),
     ]
     against, target = "ours / diffusers' example script, throughput", Target(at_least=1.5)
-    if script is None:
+    if work.example_script is None:
         note = "not measured: give --example-script"
-        return [*rows, Row(PART, against, None, target=target, note=note)]
+        return [*rows, Row(part, against, None, target=target, note=note)]
     faster = ratios([run.wall_s for run in example], [run.wall_s for run in ours])
     by_processor = ratios([r.processor_s for r in example], [r.processor_s for r in ours])
     return [
         *rows,
-        Row(PART, "example script, everything included", speed(example), "images/s"),
+        Row(part, "example script, everything included", speed(example), "images/s"),
         Row(
-            PART, "example script, processor time", Spread.of([r.processor_s for r in example]), "s"
+            part, "example script, processor time", Spread.of([r.processor_s for r in example]), "s"
         ),
-        Row(PART, against, faster, target=target),
-        Row(PART, "the same by processor time", by_processor),
+        Row(part, against, faster, target=target),
+        Row(part, "the same by processor time", by_processor),
     ]
 
 
-def _ours(folder: Path, steps: int) -> Run:
+def _ours(folder: Path, work: Work) -> Run:
     outputs = folder / "outputs"
     settings = {
-        "base.model": "tiny-sd",
+        "base.model": work.base,
         "data.folder": PICTURES,
-        "data.resolution_px": RESOLUTION_PX,
+        "data.resolution_px": work.px,
         "adapter.preset": "attention",
         "adapter.rank": 16,
-        "train.steps": steps,
-        "train.batch_size": BATCH,
+        "train.steps": work.steps,
+        "train.batch_size": work.batch,
         "optimizer.learning_rate": 1e-4,
         "optimizer.schedule": "constant",
         "optimizer.warmup_steps": 0,
         "output.folder": outputs,
         "output.name": "run",
-        "output.save_every_steps": steps,
+        "output.save_every_steps": work.steps,
     }
     command = [sys.executable, "train_sd_lora.py"]
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -106,8 +119,8 @@ def _ours(folder: Path, steps: int) -> Run:
     return run
 
 
-def _example(folder: Path, steps: int, script: Path | None, python: Path) -> Run:
-    assert script is not None
+def _example(folder: Path, work: Work) -> Run:
+    assert work.example_script is not None
     pictures = folder / "pictures"
     pictures.mkdir()
     with (pictures / "metadata.jsonl").open("w") as captions:
@@ -116,13 +129,13 @@ def _example(folder: Path, steps: int, script: Path | None, python: Path) -> Run
             text = picture.with_suffix(".txt").read_text().strip()
             captions.write(json.dumps({"file_name": picture.name, "text": text}) + "\n")
     settings = {
-        "pretrained_model_name_or_path": PROJECT / "assets" / "tiny-sd",
+        "pretrained_model_name_or_path": work.base,
         "train_data_dir": pictures,
         "caption_column": "text",
-        "resolution": RESOLUTION_PX,
-        "train_batch_size": BATCH,
-        "max_train_steps": steps,
-        "checkpointing_steps": 2 * steps,
+        "resolution": work.px,
+        "train_batch_size": work.batch,
+        "max_train_steps": work.steps,
+        "checkpointing_steps": 2 * work.steps,
         "rank": 16,
         "learning_rate": 1e-4,
         "lr_scheduler": "constant",
@@ -131,7 +144,8 @@ def _example(folder: Path, steps: int, script: Path | None, python: Path) -> Run
         "seed": 0,
         "output_dir": folder / "out",
     }
-    command = [str(python), str(Path(__file__).with_name("run_example.py")), str(script.resolve())]
+    runner = Path(__file__).with_name("run_example.py")
+    command = [str(path) for path in (work.example_python, runner, work.example_script.resolve())]
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     run = _timed([*command, "--center_crop"], folder, {"HF_HOME": str(folder / "hf")})
     _check_made(folder / "out" / "pytorch_lora_weights.safetensors")
