@@ -15,6 +15,7 @@ from lora_sd.bad_numbers import FoundBadNumbers, NumbersGuard
 from lora_sd.config import Config
 from lora_sd.errors import EXIT_RESUMABLE
 from lora_sd.gauge import Gauge
+from lora_sd.memory.heap import keep_freed_memory
 from lora_sd.preparation import (
     make_accelerator,
     make_data,
@@ -187,6 +188,8 @@ def train(
             save()  # to have something to go back to
 
         # --- the loop ---
+        if device.type == "cpu":
+            keep_freed_memory()
         started = time.monotonic()
         record.training_from(step)
         while step < options.steps and not (validation.is_over or requests.answer(save, sample)):

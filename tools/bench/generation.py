@@ -19,6 +19,7 @@ from lora_sd.base_loading import load_base_model
 from lora_sd.generate import PictureSettings, generate
 from lora_sd.layer_choice import planned_adapter
 from lora_sd.layers import LayerOptions
+from lora_sd.memory.heap import keep_freed_memory
 from lora_sd.merge import MergedWeights
 from tools.bench.cases import EMBEDDED, Case, build_unet, make_inputs
 from tools.bench.errors import BenchError
@@ -82,6 +83,7 @@ def _compare(
     what: str, parts: dict[str, Any], adapter: Adapter, draw: Callable[[], Tensor], rounds: int
 ) -> list[Row]:
     """Base, merged and live in turn, and the scale of the merged one."""
+    keep_freed_memory()  # or how much of it the system clears would be most of the spread
     merged = MergedWeights(parts)
     drawn: dict[str, Tensor] = {}
 

@@ -47,10 +47,13 @@ def main(what: str, case: str, arguments: str) -> None:
     """Measure, and print what was found as JSON."""
     import torch
 
+    from lora_sd.memory.heap import keep_freed_memory
     from tools.bench.memory import measure_peak
     from tools.bench.step import measure_step
 
     torch.set_num_threads(1)
+    if what == "step":
+        keep_freed_memory()  # as training does; here for every side
     measures: dict[str, Callable[..., dict[str, Any]]] = {
         "step": measure_step,
         "peak": measure_peak,
