@@ -8,6 +8,7 @@ from typing import Any
 from lora_sd import changes
 from lora_sd.config import CommandLine, config_from_values, parse_command_line, read_yaml
 from lora_sd.errors import ConfigError, run_program
+from lora_sd.launcher import take_all_cores
 from lora_sd.run_folder import RunFolder, run_to_resume
 from lora_sd.stop_request import StopRequest
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str]) -> int:
     The settings are checked before the slow imports, so that `--help` and errors come at once.
     """
     stop = StopRequest()
+    take_all_cores()
     line = parse_command_line(argv, "train_sd_lora.py")
     run = None
     if line.resume is not None:

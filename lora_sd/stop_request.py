@@ -17,12 +17,12 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from lora_sd.errors import RunError
+from lora_sd.launcher import launcher
 from lora_sd.run_folder import RunFolder
 
 log = logging.getLogger("lora_sd")
@@ -35,8 +35,6 @@ LOOK_EVERY_S = 0.2
 PASSED_ON_S = 2.0
 """So soon after a signal another one is the same, which `torchrun` has passed on: in a terminal
 Ctrl-C goes to the launcher and to the trainer."""
-LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate_launch")  # files' names
-LAUNCHER_MODULES = ("accelerate.commands.", "torch.distributed.")
 
 
 class StopRequest:
@@ -57,8 +55,8 @@ class StopRequest:
                 signal.getsignal(number) != signal.SIG_IGN  # nohup
             ):
                 signal.signal(number, self._on_signal)
-        if launcher := _launcher():
-            watcher = threading.Thread(target=self._wait_for_end, args=(launcher,), daemon=True)
+        if parent := launcher():
+            watcher = threading.Thread(target=self._wait_for_end, args=(parent,), daemon=True)
             watcher.start()
 
     def watch(self, run: RunFolder, is_main: bool = True) -> None:
@@ -108,22 +106,9 @@ class StopRequest:
             text = "\nStopping: saving first. Once more to leave at once.\n"
             os.write(sys.stderr.fileno(), text.encode())
 
-    def _wait_for_end(self, launcher: psutil.Process) -> None:
-        while launcher.is_running() and os.getppid() == launcher.pid:
+    def _wait_for_end(self, parent: psutil.Process) -> None:
+        while parent.is_running() and os.getppid() == parent.pid:
             time.sleep(LOOK_EVERY_S)
         if not self._requested:
             log.warning("What launched the trainer has ended: it stops, and saves first.")
             signal.raise_signal(signal.SIGTERM)
-
-
-def _launcher() -> psutil.Process | None:
-    """What launched this process and waits for it; None where a shell or another program did."""
-    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        return None
-    try:
-        parent = psutil.Process(os.getppid())
-        words = parent.cmdline()[:6]  # python, its options, and what it runs
-    except psutil.Error:
-        return None
-    launches = any(Path(one).stem in LAUNCHERS or one.startswith(LAUNCHER_MODULES) for one in words)
-    return parent if launches else None

@@ -395,25 +395,6 @@ def test_a_launcher_that_ends_while_libraries_are_imported_g4(
     assert not folder_of(run_settings).path.exists()
 
 
-def test_what_is_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: said)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    for words, launches in [
-        (["/venv/bin/python", "/venv/bin/accelerate", "launch", "train_sd_lora.py"], True),
-        (["python", "-m", "accelerate.commands.launch", "--quiet", "train_sd_lora.py"], True),
-        (["/usr/bin/python3", "-u", "/usr/bin/torchrun", "train_sd_lora.py"], True),
-        (["bash", "/home/me/accelerate-jobs/run.sh"], False),
-        (["-bash"], False),
-    ]:
-        said[:] = words
-        assert (stop_request._launcher() is not None) == launches
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    said[:] = ["torchrun"]
-    assert stop_request._launcher() is None
-
-
 def test_a_request_is_cheap_to_ask_for(tmp_path: Path) -> None:
     before = {number: signal.getsignal(number) for number in stop_request.STOP_SIGNALS}
     try:

@@ -4,7 +4,6 @@ accelerate's own program ends with 1 whatever the trainer ended with, so that no
 kill for want of memory. To be run as a file, with `python -P`: it imports nothing of this package.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ def main(arguments: Sequence[str]) -> int:
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    _use_all_cores()
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except subprocess.CalledProcessError as error:
@@ -31,16 +29,6 @@ def main(arguments: Sequence[str]) -> int:
             raise
         return int(first_failure()[1].exitcode)
     return 0
-
-
-def _use_all_cores() -> None:
-    """Where there is no GPU and nothing is configured, accelerate would train on one core."""
-    import torch
-    from accelerate.commands.config.config_args import default_config_file
-
-    is_told = "OMP_NUM_THREADS" in os.environ or os.path.isfile(default_config_file)
-    if not is_told and not torch.cuda.is_available():
-        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 if __name__ == "__main__":
