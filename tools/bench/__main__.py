@@ -51,7 +51,7 @@ class Size:
     pictures: int
 
 
-FULL = Size(rounds=20, slow_rounds=3, runs=2, run_steps=80, pictures=32)
+FULL = Size(rounds=16, slow_rounds=3, runs=2, run_steps=80, pictures=32)
 QUICK = Size(rounds=8, slow_rounds=2, runs=1, run_steps=50, pictures=16)
 REHEARSAL = Size(rounds=3, slow_rounds=3, runs=1, run_steps=3, pictures=4)
 
@@ -179,7 +179,7 @@ def generation_rows(size: Size, options: argparse.Namespace) -> list[Row]:
     """Drawing."""
     case = cases.miniature_case() if options.rehearse else None
     rows = generation.measure_pictures(1 if options.rehearse else size.rounds // 2)
-    return rows + generation.measure_passes(2 * size.slow_rounds, case)
+    return rows + generation.measure_passes(size.slow_rounds + 1, case)
 
 
 def file_rows(size: Size, options: argparse.Namespace) -> list[Row]:
