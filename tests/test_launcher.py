@@ -43,8 +43,10 @@ def test_what_is_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], {}, False, "all"),
         ([], {"OMP_NUM_THREADS": "1"}, False, "1"),
-        (["--num_cpu_threads_per_process", "1"], {}, False, "1"),
-        ([], {}, True, "1"),
+        pytest.param(
+            ["--num_cpu_threads_per_process", "1"], {}, False, "1", marks=pytest.mark.slow
+        ),
+        pytest.param([], {}, True, "1", marks=pytest.mark.slow),
     ],
 )
 def test_accelerate_s_one_core_is_heeded_where_somebody_has_said_it(
