@@ -51,7 +51,7 @@ class Size:
     pictures: int
 
 
-FULL = Size(rounds=16, slow_rounds=3, runs=2, run_steps=80, pictures=32)
+FULL = Size(rounds=12, slow_rounds=3, runs=2, run_steps=80, pictures=32)
 QUICK = Size(rounds=8, slow_rounds=2, runs=1, run_steps=50, pictures=16)
 REHEARSAL = Size(rounds=3, slow_rounds=3, runs=1, run_steps=3, pictures=4)
 
