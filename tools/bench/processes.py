@@ -53,7 +53,7 @@ def main(what: str, case: str, arguments: str) -> None:
 
     torch.set_num_threads(1)
     if what == "step":
-        keep_freed_memory()  # as training does; here for every side
+        keep_freed_memory()
     measures: dict[str, Callable[..., dict[str, Any]]] = {
         "step": measure_step,
         "peak": measure_peak,
