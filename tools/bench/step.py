@@ -4,8 +4,8 @@ Each side makes one step in turn, of which two stretches are timed: the forward 
 pass; and what comes after, AdamW and dropping the gradients (the limit has no optimizer). Gradients
 are not clipped, losses not read, and what makes batches is left out, on every side: `whole_run`
 measures all of it. A peer whose first step takes over `SLOW` times the limit's makes one more step
-and no others: LyCORIS's takes half a minute at Stable Diffusion's size. On the CPU the process keeps
-freed memory, as our training does and the peers' does not: for every side, so that it shows in none.
+and no others: LyCORIS's takes half a minute at Stable Diffusion's size. On the CPU the process
+keeps freed memory, as our training does and the peers' does not: on every side, to show in none.
 
 Each side shows that it does the work: all begin at the same loss, as a fresh adapter changes
 nothing; the limit's input has a gradient; the trainers train as many weights, and their tensors
